@@ -26,9 +26,7 @@ _EXPORTS = {
 }
 
 if find_spec("torch") is not None:
-    from . import modeling as _modeling
-
-    _modeling.register_auto_classes()
+    from . import modeling as modeling  # registers the models
 
 __all__ = ["MoEConfig", *_EXPORTS]
 

@@ -1,1 +1,13 @@
-"""."""
+"""Settings without torch: the model's configuration and the settings of a training run."""
+
+from .configuration_moe import MoEConfig
+from .training_settings import DataSettings, ModelSettings, RunSettings, TrainingSettings, parse_run_settings
+
+__all__ = [
+    "DataSettings",
+    "ModelSettings",
+    "MoEConfig",
+    "RunSettings",
+    "TrainingSettings",
+    "parse_run_settings",
+]

@@ -1,0 +1,99 @@
+"""Load-balancing losses of one MoE layer, and the router z-loss.
+
+`B` sequences, `T` positions, `N = B*T` tokens, `E` experts, `K` experts per token.
+
+All of them take fp32 or fp64 and return a scalar of the same type. Masked positions (padding) enter nowhere; where no
+token is left the value is 0, with gradient 0.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .load import load_fraction
+
+
+def routing_scores(router_logits: Tensor, scoring_func: Literal["softmax", "sigmoid"]) -> Tensor:
+    """Scores of each token over the experts, each row summing to 1.
+
+    Sigmoid scores are divided by their row's sum, as in the sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437,
+    equation 19), so that the same loss and coefficient serve both scoring functions.
+
+    Args:
+        router_logits: `[N, E]`.
+        scoring_func: what the router itself uses.
+
+    Returns:
+        `[N, E]` in at least fp32.
+    """
+    logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    if scoring_func == "softmax":
+        return logits.softmax(dim=-1)
+    # softmax(logsigmoid(x)) = sigmoid(x) / sum sigmoid(x), without 0 / 0 where every sigmoid underflows.
+    return torch.nn.functional.logsigmoid(logits).softmax(dim=-1)
+
+
+def mean_scores(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`P_i`: scores summed over the tokens, divided by the number of tokens.
+
+    Args:
+        scores: `[..., N, E]` from `routing_scores`.
+        mask: boolean `[..., N]`, true for tokens.
+
+    Returns:
+        `[..., E]`.
+    """
+    if mask is None:
+        return scores.sum(dim=-2) / max(scores.shape[-2], 1)
+    tokens = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    # where, not a product: a padded position may hold NaN or inf, and 0 * inf is NaN.
+    return torch.where(mask[..., None], scores, 0.0).sum(dim=-2) / tokens
+
+
+def load_balancing_loss(fraction: Tensor, mean_score: Tensor) -> Tensor:
+    """`LBL = E * sum_i f_i P_i`, exactly 1 when either is uniform, whatever `K` and `E`.
+
+    It is linear in `P`, so with `f` counted over the global batch each rank may keep its own tokens' `P`: the mean of
+    the ranks' losses is the global batch's (arXiv 2501.11873, section 3).
+
+    Args:
+        fraction: load fraction `f`, `[E]`, summing to 1; carries no gradient.
+        mean_score: `P`, `[E]`, summing to 1.
+    """
+    return fraction.shape[-1] * (fraction * mean_score).sum(dim=-1)
+
+
+def sequence_load_balancing_loss(scores: Tensor, selected_experts: Tensor, mask: Tensor) -> Tensor:
+    """The load-balancing loss of each sequence alone, averaged over the sequences that hold a token.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2, equations 17 to 20.
+
+    Args:
+        scores: `[N, E]` from `routing_scores`.
+        selected_experts: int64 `[N, K]`.
+        mask: boolean `[B, T]`, true for tokens.
+    """
+    batch_size, num_experts = mask.shape[0], scores.shape[-1]
+    selections = selected_experts.view(batch_size, -1)  # [B, T*K]
+    ones = mask.long()[..., None].expand(-1, -1, selected_experts.shape[-1]).reshape(batch_size, -1)
+    load = torch.zeros(batch_size, num_experts, dtype=torch.long, device=scores.device)
+    load.scatter_add_(1, selections, ones)
+    losses = load_balancing_loss(
+        load_fraction(load, scores.dtype), mean_scores(scores.view(batch_size, -1, num_experts), mask)
+    )
+    # A sequence of padding alone has loss 0 and is not counted.
+    return losses.sum() / mask.any(dim=-1).sum().clamp(min=1)
+
+
+def router_z_loss(router_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the tokens of `logsumexp(logits)^2`: keeps router logits small.
+
+    Source: ST-MoE, arXiv 2202.08906, section 3, equation 5.
+
+    Args:
+        router_logits: `[N, E]`.
+        mask: boolean `[N]`, true for tokens.
+    """
+    logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    return mean_scores(logits.logsumexp(dim=-1, keepdim=True).square(), mask).squeeze(-1)

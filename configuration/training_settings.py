@@ -1,0 +1,166 @@
+"""The settings of a training run: which model, which text, how long and how fast."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def _at_least(settings: object, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= minimum:
+            raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+@dataclass
+class ModelSettings:
+    """Which model is trained."""
+
+    preset: str = field(
+        default="hub_configs/tiny",
+        metadata={"help": "Folder with a config.json: a preset of hub_configs, or a saved model's."},
+    )
+    config_overrides: str = field(
+        default="{}",
+        metadata={"help": "Fields of the preset to change, e.g. '{balancing_mode: loss_free, num_experts: 32}'."},
+    )
+
+    def overrides(self) -> dict[str, Any]:
+        """`config_overrides` as a dictionary.
+
+        Raises:
+            ValueError: it is not a mapping of names to values.
+        """
+        try:
+            overrides = yaml.safe_load(self.config_overrides)
+        except yaml.YAMLError as error:
+            raise ValueError(f"config_overrides must be a YAML mapping; got {self.config_overrides!r}") from error
+        if not isinstance(overrides, dict):
+            raise ValueError(f"config_overrides must be a YAML mapping; got {self.config_overrides!r}")
+        return {name: _yaml_number(value) for name, value in overrides.items()}
+
+
+@dataclass
+class DataSettings:
+    """Which text is trained on, and how it is cut."""
+
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Folder with one sub-folder per domain, or file(s) with a domain column (parquet, jsonl)."},
+    )
+    text_column: str = field(default="text", metadata={"help": "Column with the documents' text."})
+    domain_column: str = field(default="domain", metadata={"help": "Column with the documents' domain."})
+    validation_fraction: float = field(
+        default=0.02, metadata={"help": "Share of documents held out where the data brings no validation split."}
+    )
+    max_train_bytes_per_domain: int | None = field(default=None, metadata={"help": "Cap on a domain's training text."})
+    max_validation_bytes_per_domain: int | None = field(
+        default=None, metadata={"help": "Cap on a domain's held-out text."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Name or folder of a tokenizer; without one, a byte-level BPE is trained on the data."},
+    )
+    block_size: int = field(default=512, metadata={"help": "Tokens in a packed block."})
+    micro_batch_domains: Literal["mixed", "single"] = field(
+        default="mixed", metadata={"help": "Whether a micro-batch mixes domains or holds blocks of a single one."}
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, 2, "block_size")
+        _at_least(self, 1, "max_train_bytes_per_domain", "max_validation_bytes_per_domain")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be between 0 and 1; got {self.validation_fraction}")
+
+
+@dataclass
+class TrainingSettings:
+    """How the model is trained."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "The run directory; must be new or empty."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
+    micro_batch_size: int = field(default=8, metadata={"help": "Blocks in one forward pass of one process."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Micro-batches of each process in one optimizer step."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    min_learning_rate_ratio: float = field(
+        default=0.1, metadata={"help": "Where the cosine ends, as a share of the peak."}
+    )
+    warmup_steps: int = field(default=50, metadata={"help": "Steps over which the learning rate rises from 0."})
+    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's, on matrices only: not on norms and biases."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first moment decay."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second moment decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "The gradient is scaled down to this norm."})
+    mixed_precision: Literal["no", "bf16"] = field(
+        default="no", metadata={"help": "bf16: matrix products in bf16, weights and optimizer in fp32."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute each layer in the backward pass instead of keeping it."}
+    )
+    logging_steps: int = field(default=10, metadata={"help": "Steps between two lines of metrics.jsonl."})
+    seed: int = field(default=0, metadata={"help": "Of the initial weights and of the order of the data."})
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_steps", "micro_batch_size", "gradient_accumulation_steps", "logging_steps")
+        _at_least(
+            self, 0, "learning_rate", "min_learning_rate_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "seed"
+        )
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps must be at most max_steps ({self.max_steps}); got {self.warmup_steps}")
+
+
+RunSettings = tuple[ModelSettings, DataSettings, TrainingSettings]
+
+
+def parse_run_settings(arguments: Sequence[str]) -> RunSettings:
+    """The settings of a run from a command line: an optional YAML or JSON file first, then flags over it.
+
+    Args:
+        arguments: e.g. `["train.yaml", "--max_steps", "100"]`.
+
+    Raises:
+        ValueError: the file is missing, is no mapping, or names a setting that does not exist; or a value is out of
+            its range. A flag that does not exist, or a value of the wrong type, ends the program with the usage.
+    """
+    parser = HfArgumentParser([ModelSettings, DataSettings, TrainingSettings])
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        parser.set_defaults(**_read_settings_file(Path(arguments.pop(0))))
+    model, data, training = parser.parse_args_into_dataclasses(arguments)
+    for name, value in (("data", data.data), ("output_dir", training.output_dir)):
+        if value is None:
+            raise ValueError(f"{name} must be given, in the settings file or as --{name}; got nothing")
+    return model, data, training
+
+
+def _read_settings_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"the settings file must exist; got {path}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    if not isinstance(values, Mapping):
+        raise ValueError(f"the settings file must hold a mapping of names to values; got {path}")
+    known = {setting.name for group in (ModelSettings, DataSettings, TrainingSettings) for setting in fields(group)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{path} names a setting that does not exist: {name}; known: {', '.join(sorted(known))}")
+    return {
+        # The parser converts text, as it would a flag's; what YAML has already read goes through as it is.
+        name: json.dumps(value) if name == "config_overrides" and isinstance(value, Mapping) else _yaml_number(value)
+        for name, value in values.items()
+    }
+
+
+def _yaml_number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3`, without a point, as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,420 @@
+"""The model: attention, decoder layer, MoEModel and MoEForCausalLM.
+
+`B` sequences, `T` positions, `N = B*T` tokens, `L` MoE layers, `E` experts, `K` experts per token, `D` hidden size,
+`V` vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.glm4_moe.modeling_glm4_moe import (
+    Glm4MoeMLP,
+    Glm4MoeRMSNorm,
+    Glm4MoeRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..balancing import Balancer, token_mask
+from ..configuration import MoEConfig
+from .experts import MoEExperts
+from .router import MoERouter
+
+# GLM-4-MoE's parts are the general ones: any RoPE scaling, partial rotary, RMSNorm, gated MLP of any width.
+
+
+class MoEAttention(nn.Module):
+    """Causal grouped-query attention through Transformers' attention interface."""
+
+    def __init__(self, config: MoEConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        query_width = config.num_attention_heads * self.head_dim
+        key_value_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        norm = (lambda: Glm4MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)) if config.use_qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        heads = (*input_shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, attention_weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), attention_weights
+
+
+class MoEBlock(nn.Module):
+    """Router, routed experts and shared experts."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.gate = MoERouter(config)
+        self.experts = MoEExperts(config)
+        self.shared_experts = None
+        if config.num_shared_experts:
+            self.shared_experts = Glm4MoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the output `[B, T, D]` and the routing: logits `[N, E]`, experts `[N, K]`."""
+        router_logits, weights, selected_experts = self.gate(hidden_states)
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        output = self.experts(flat, selected_experts, weights.to(flat.dtype)).view(hidden_states.shape)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        return output, router_logits, selected_experts
+
+
+class MoEDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and experts (or a dense MLP), each added to the residual stream."""
+
+    def __init__(self, config: MoEConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MoEAttention(config, layer_idx)
+        dense = layer_idx < config.first_k_dense_replace
+        self.mlp = Glm4MoeMLP(config) if dense else MoEBlock(config)
+        self.input_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns hidden states `[B, T, D]` and the routing, logits and experts (`None, None` from a dense layer).
+
+        The routing leaves the layer as values of a flat tuple: recomputation under gradient checkpointing counts
+        nothing twice, and the reentrant kind, which sees no further than a tuple, keeps the logits' gradient.
+        """
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        if isinstance(self.mlp, MoEBlock):
+            hidden_states, router_logits, selected_experts = self.mlp(hidden_states)
+            return residual + hidden_states, router_logits, selected_experts
+        return residual + self.mlp(hidden_states), None, None
+
+
+@dataclass
+class MoEModelOutput(MoeModelOutputWithPast):
+    """What [`MoEModel`] returns: Transformers' output and, with `output_routing`, the routing.
+
+    Args:
+        routing: for each MoE layer, router logits `[N, E]` with their gradient and selected experts `[N, K]`.
+    """
+
+    routing: tuple[tuple[Tensor, Tensor], ...] | None = None
+
+
+@dataclass
+class MoECausalLMOutput(MoeCausalLMOutputWithPast):
+    """What [`MoEForCausalLM`] returns: Transformers' output and the balancing terms.
+
+    Args:
+        loss: `lm_loss`, plus `aux_loss` in training; returned with labels.
+        lm_loss: the language-model loss alone, in nats per token.
+        aux_loss: in training, what balancing adds to the loss: terms times coefficients and shares.
+        aux_losses: in training, each balancing term without coefficient, detached: `load_balancing_loss` (1 when
+            balanced), `complementary_loss`, `router_z_loss`; those that act.
+        router_logits: with `output_router_logits`, one `[N, E]` per MoE layer.
+        selected_experts: with `output_router_logits`, one int64 `[N, K]` per MoE layer.
+    """
+
+    selected_experts: tuple[Tensor, ...] | None = None
+    lm_loss: Tensor | None = None
+    aux_losses: dict[str, Tensor] | None = None
+
+
+class MoEPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving shared by the models of this family."""
+
+    config: MoEConfig
+    config_class = MoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoEDecoderLayer"]  # noqa: RUF012 - declared as plain lists and dicts by Transformers
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(MoERouter, index=0),
+        "hidden_states": MoEDecoderLayer,
+        "attentions": MoEAttention,
+    }
+    # Transformers looks for the decorator in this file's text only, and the experts live in another.
+    _can_set_experts_implementation_cached_value = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MoERouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, MoEExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+class MoEModel(MoEPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([MoEDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Glm4MoeRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoEModelOutput:
+        """As any decoder of Transformers; with `output_routing` the output also holds the routing.
+
+        Packed documents are kept apart by `position_ids` that restart at 0, when no `attention_mask` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given; got both or neither")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
+        # The mask comes before a fresh cache is made: with one, Transformers looks for no packed documents.
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        routing = []
+        for layer in self.layers:
+            hidden_states, router_logits, selected_experts = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            if output_routing and router_logits is not None:
+                routing.append((router_logits, selected_experts))
+        return MoEModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            routing=tuple(routing) if output_routing else None,
+        )
+
+
+class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
+    """A Mixture-of-Experts language model that balances its experts as its configuration says.
+
+    Balancing acts in training with gradients, and only then: `balancer` counts the selections of each forward pass,
+    and the loop calls `balancer.after_optimizer_step()` once per optimizer step. Evaluation and generation count
+    nothing and add nothing.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MoEConfig):
+        super().__init__(config)
+        self.model = MoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.balancer = Balancer(
+            config.balancing_mode,
+            num_experts=config.num_experts,
+            scoring_func=config.scoring_func,
+            router_aux_loss_coef=config.router_aux_loss_coef,
+            router_z_loss_coef=config.router_z_loss_coef,
+            load_estimate=config.load_estimate,
+            bias_update_rate=config.bias_update_rate,
+            bias_update_rule=config.bias_update_rule,
+            complementary_balancing_mode=config.complementary_balancing_mode,
+            complementary_aux_loss_coef=config.complementary_aux_loss_coef,
+            biases=self.selection_biases,
+        )
+        self.post_init()
+
+    def selection_biases(self) -> list[Tensor]:
+        """The routers' selection biases, fp32 `[E]` each, in layer order."""
+        return [layer.mlp.gate.e_score_correction_bias for layer in self.model.layers if isinstance(layer.mlp, MoEBlock)]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoECausalLMOutput:
+        """As any causal language model of Transformers.
+
+        Args:
+            labels: int64 `[B, T]`, shifted here; -100 bears no loss.
+            output_router_logits: return `router_logits` and `selected_experts`.
+            num_items_in_batch: positions that bear loss in the whole global batch. Given, the losses are sums over it,
+                to be added over ranks and accumulation steps; otherwise means (see `Balancer.loss`).
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        balancing = self.training and torch.is_grad_enabled()
+        outputs: MoEModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_routing=balancing or output_router_logits,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        router_logits, selected_experts = tuple(zip(*outputs.routing, strict=True)) if outputs.routing else ((), ())
+        num_labels = self._count_labels(labels, kwargs.get("shift_labels"))
+
+        observed = None
+        if balancing and router_logits:
+            batch_size, length = hidden_states.shape[:2]
+            observed = self.balancer.observe(
+                router_logits,
+                selected_experts,
+                batch_size=batch_size,
+                mask=token_mask(attention_mask, batch_size, length),
+                num_labels=0 if num_labels is None else num_labels,
+            )
+
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept, :])
+        lm_loss = None
+        if num_labels is not None:
+            # Divided by a count rather than averaged: a micro-batch that bears no loss has loss 0, not NaN.
+            items = num_labels.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            lm_loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.vocab_size, num_items_in_batch=items, **kwargs
+            )
+
+        loss, balancing_loss = lm_loss, None
+        if observed is not None:
+            balancing_loss = self.balancer.loss(observed, num_items_in_batch)
+            if lm_loss is not None:
+                loss = lm_loss + balancing_loss.total.to(lm_loss.device)
+        return MoECausalLMOutput(
+            loss=loss,
+            lm_loss=None if lm_loss is None else lm_loss.detach(),
+            aux_loss=None if balancing_loss is None else balancing_loss.total,
+            aux_losses=None if balancing_loss is None else balancing_loss.terms,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=router_logits if output_router_logits else None,
+            selected_experts=selected_experts if output_router_logits else None,
+        )
+
+    @staticmethod
+    def _count_labels(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
+        """How many positions bear loss, as the loss function will see them; `None` without labels."""
+        if labels is None and shift_labels is None:
+            return None
+        targets = labels[..., 1:] if shift_labels is None else shift_labels
+        return targets.ne(-100).sum()
+
+
+__all__ = ["MoEForCausalLM", "MoEModel", "MoEPreTrainedModel"]
