@@ -131,7 +131,7 @@ def parse_run_settings(arguments: Sequence[str]) -> RunSettings:
     parser = HfArgumentParser([ModelSettings, DataSettings, TrainingSettings])
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
-        parser.set_defaults(**_read_settings_file(Path(arguments.pop(0))))
+        arguments = _read_settings_file(Path(arguments[0])) + arguments[1:]
     model, data, training = parser.parse_args_into_dataclasses(arguments)
     for name, value in (("data", data.data), ("output_dir", training.output_dir)):
         if value is None:
@@ -139,21 +139,21 @@ def parse_run_settings(arguments: Sequence[str]) -> RunSettings:
     return model, data, training
 
 
-def _read_settings_file(path: Path) -> dict[str, Any]:
+def _read_settings_file(path: Path) -> list[str]:
+    """A settings file as flags, so that its values are converted and checked like those of the command line."""
     if not path.is_file():
         raise ValueError(f"the settings file must exist; got {path}")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     if not isinstance(values, Mapping):
         raise ValueError(f"the settings file must hold a mapping of names to values; got {path}")
     known = {setting.name for group in (ModelSettings, DataSettings, TrainingSettings) for setting in fields(group)}
-    for name in values:
+    flags = []
+    for name, value in values.items():
         if name not in known:
             raise ValueError(f"{path} names a setting that does not exist: {name}; known: {', '.join(sorted(known))}")
-    return {
-        # The parser converts text, as it would a flag's; what YAML has already read goes through as it is.
-        name: json.dumps(value) if name == "config_overrides" and isinstance(value, Mapping) else _yaml_number(value)
-        for name, value in values.items()
-    }
+        if value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}")
+    return flags
 
 
 def _yaml_number(value: Any) -> Any:

@@ -1,0 +1,19 @@
+"""Train a model: `python scripts/train.py settings.yaml --max_steps 100`, or the same under `accelerate launch`."""
+
+import sys
+
+from equipoise.configuration import parse_run_settings
+from equipoise.training import train
+from huggingface_hub.errors import StrictDataclassError
+
+
+def main() -> None:
+    try:
+        run = train(parse_run_settings(sys.argv[1:]))
+    except (ValueError, StrictDataclassError) as error:
+        sys.exit(f"error: {error}")
+    print(f"model, tokenizer and metrics are in {run.path}")
+
+
+if __name__ == "__main__":
+    main()

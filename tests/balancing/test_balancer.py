@@ -1,0 +1,163 @@
+"""Balancer in one process: scopes, shares of the global batch, counters and what closes a step."""
+
+import pytest
+import torch
+from equipoise.balancing import Balancer, load_balancing_loss, load_fraction, max_vio, mean_scores, routing_scores
+from torch import Tensor
+
+E, K, L = 6, 2, 2
+
+
+def routing(tokens: int, seed: int, layers: int = L) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = [
+        torch.randn(tokens, E, generator=generator, dtype=torch.float64).mul(2).requires_grad_() for _ in range(layers)
+    ]
+    return logits, [layer.detach().topk(K).indices for layer in logits]
+
+
+def counted(experts: Tensor) -> Tensor:
+    return torch.stack([(experts == expert).sum() for expert in range(E)])
+
+
+def lbl(logits: Tensor, load: Tensor) -> Tensor:
+    return load_balancing_loss(load_fraction(load, torch.float64), mean_scores(routing_scores(logits, "softmax")))
+
+
+def test_running_estimate_is_the_written_formula() -> None:
+    balancer = Balancer("global_batch", num_experts=E, router_aux_loss_coef=0.5)
+    sizes, labels, items = [4, 10, 6], [3, 9, 8], 20
+    load = torch.zeros(L, E, dtype=torch.long)
+    for size, label, seed in zip(sizes, labels, range(3), strict=True):
+        logits, experts = routing(size, seed)
+        load = load + torch.stack([counted(layer) for layer in experts])
+        result = balancer.loss(balancer.observe(logits, experts, batch_size=2, num_labels=label), items)
+        expected = sum(lbl(logits[layer], load[layer]) for layer in range(L)) / L
+        torch.testing.assert_close(result.terms["load_balancing_loss"], expected.detach())
+        torch.testing.assert_close(result.total, 0.5 * label / items * expected)
+        gradient = torch.autograd.grad(result.total, logits)
+        torch.testing.assert_close(gradient, torch.autograd.grad(0.5 * label / items * expected, logits))
+    balancer.after_optimizer_step()
+    assert torch.equal(balancer.metrics()["load"], load)
+    assert balancer.synchronizer.running is None
+
+
+def test_current_estimate_sees_one_micro_step() -> None:
+    balancer = Balancer("global_batch", num_experts=E, load_estimate="current")
+    for seed in range(2):
+        logits, experts = routing(8, seed)
+        term = balancer.loss(balancer.observe(logits, experts, batch_size=2)).terms["load_balancing_loss"]
+        expected = sum(lbl(logits[layer], counted(experts[layer])) for layer in range(L)) / L
+        torch.testing.assert_close(term, expected.detach())
+
+
+def test_layers_are_not_pooled() -> None:
+    # transformers#28255: four layers, each collapsed onto another expert, look balanced when pooled.
+    layers = 4
+    logits = [torch.zeros(8, layers).index_fill(1, torch.tensor([layer]), 20.0) for layer in range(layers)]
+    experts = [layer.topk(1).indices for layer in logits]
+    balancer = Balancer("micro_batch", num_experts=layers)
+    term = balancer.loss(balancer.observe(logits, experts, batch_size=1)).terms["load_balancing_loss"]
+    assert term.item() == pytest.approx(layers, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["micro_batch", "sequence", "global_batch"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_coefficient_means_the_same_under_any_accumulation(mode: str, steps: int) -> None:
+    # transformers#48690: the stock loss grows with the number of accumulation steps.
+    logits, experts = routing(8, 0)
+    gradients = []
+    for micro_batches in (1, steps):
+        balancer = Balancer(mode, num_experts=E, load_estimate="current")
+        total = torch.zeros((), dtype=torch.float64)
+        for _ in range(micro_batches):  # the same tokens again and again: the mean must not move
+            observed = balancer.observe(logits, experts, batch_size=2, num_labels=7)
+            total = total + balancer.loss(observed, 7 * micro_batches).total
+        gradients.append(torch.autograd.grad(total, logits))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_terms_add_up_with_their_coefficients() -> None:
+    logits, experts = routing(8, 0)
+    balancer = Balancer(
+        "global_batch",
+        num_experts=E,
+        router_aux_loss_coef=0.5,
+        router_z_loss_coef=0.25,
+        complementary_balancing_mode="sequence",
+        complementary_aux_loss_coef=0.125,
+    )
+    result = balancer.loss(balancer.observe(logits, experts, batch_size=4))
+    assert set(result.terms) == {"load_balancing_loss", "complementary_loss", "router_z_loss"}
+    expected = (
+        0.5 * result.terms["load_balancing_loss"]
+        + 0.125 * result.terms["complementary_loss"]
+        + 0.25 * result.terms["router_z_loss"]
+    )
+    torch.testing.assert_close(result.total.detach(), expected)
+
+
+@pytest.mark.parametrize("mode", ["none", "loss_free"])
+def test_modes_without_a_loss_add_nothing_and_still_count(mode: str) -> None:
+    biases = [torch.zeros(E) for _ in range(L)]
+    balancer = Balancer(mode, num_experts=E, biases=lambda: biases)
+    load = torch.zeros(L, E, dtype=torch.long)
+    for seed in range(3):
+        logits, experts = routing(5, seed)
+        load += torch.stack([counted(layer) for layer in experts])
+        result = balancer.loss(balancer.observe(logits, experts, batch_size=1))
+        assert result.total.item() == 0
+        assert result.terms == {}
+    balancer.after_optimizer_step()
+    metrics = balancer.metrics()
+    assert torch.equal(metrics["load"], load)
+    torch.testing.assert_close(metrics["max_vio_batch"], max_vio(load))
+
+
+def test_loss_free_moves_biases_towards_balance_and_a_skipped_step_does_not() -> None:
+    biases = [torch.zeros(E) for _ in range(L)]
+    balancer = Balancer("loss_free", num_experts=E, bias_update_rate=0.01, biases=lambda: biases)
+    logits, experts = routing(9, 0)
+    balancer.observe(logits, experts, batch_size=1)
+    balancer.after_optimizer_step(skipped=True)
+    assert all(bias.abs().max() == 0 for bias in biases)
+    assert balancer.metrics() == {}
+
+    balancer.after_optimizer_step()  # the skipped step's counts must not come back
+    assert all(bias.abs().max() == 0 for bias in biases)
+
+    balancer.observe(logits, experts, batch_size=1)
+    balancer.after_optimizer_step()
+    for layer, bias in enumerate(biases):
+        direction = torch.sign(counted(experts[layer]).double().mean() - counted(experts[layer]))
+        torch.testing.assert_close(bias, (0.01 * (direction - direction.mean())).float())
+
+
+def test_state_of_a_batch_under_way_survives() -> None:
+    for mode in ("global_batch", "none"):
+        straight, resumed = Balancer(mode, num_experts=E), Balancer(mode, num_experts=E)
+        for seed in range(2):
+            logits, experts = routing(6, seed)
+            straight.loss(straight.observe(logits, experts, batch_size=1))
+            if seed == 0:
+                resumed.load_state_dict(straight.state_dict())
+            else:
+                resumed.loss(resumed.observe(logits, experts, batch_size=1))
+        straight.after_optimizer_step()
+        resumed.after_optimizer_step()
+        assert torch.equal(straight.metrics()["load"], resumed.metrics()["load"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"mode": "global"}, "balancing_mode must be one of none, micro_batch"),
+        ({"load_estimate": "future"}, "load_estimate must be one of current, running; got future"),
+        ({"bias_update_rule": "nudge"}, "bias_update_rule must be one of sign; got nudge"),
+        ({"complementary_balancing_mode": "loss_free"}, "complementary_balancing_mode must be one of"),
+        ({"mode": "loss_free"}, "needs biases"),
+    ],
+)
+def test_unknown_settings_are_refused(arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Balancer(**arguments, num_experts=E)

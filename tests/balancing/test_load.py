@@ -1,0 +1,97 @@
+"""Counts and the figures drawn from them, against counting by hand."""
+
+import math
+
+import pytest
+import torch
+from equipoise.balancing import (
+    LoadCounts,
+    count_load,
+    count_selections,
+    dead_experts,
+    load_entropy,
+    load_fraction,
+    max_vio,
+    token_mask,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+shapes = st.tuples(
+    st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(2, 9), st.integers(0, 2**31)
+)  # B, T, L, E, seed
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes)
+def test_counts_equal_counting_by_hand(shape: tuple[int, int, int, int, int]) -> None:
+    batch, length, layers, experts, seed = shape
+    generator = torch.Generator().manual_seed(seed)
+    per_token = int(torch.randint(1, experts + 1, (), generator=generator))
+    selected = [
+        torch.rand(batch * length, experts, generator=generator).topk(per_token).indices for _ in range(layers)
+    ]
+    mask = torch.rand(batch, length, generator=generator) < 0.7
+    counts = count_load(selected, experts, mask, batch, torch.tensor(5))
+
+    by_hand = [[0] * experts for _ in range(layers)]
+    for layer in range(layers):
+        for token, choice in enumerate(selected[layer].tolist()):
+            if mask.flatten()[token]:
+                for expert in choice:
+                    by_hand[layer][expert] += 1
+    assert counts.load.tolist() == by_hand
+    assert counts.load.dtype == torch.long
+    assert counts.tokens.item() == sum(mask.flatten().tolist())
+    assert counts.sequences.item() == sum(any(row) for row in mask.tolist())
+    assert counts.labels.item() == 5
+
+    again = LoadCounts.unpack(counts.pack(), experts)
+    assert again.load.tolist() == by_hand
+    assert [again.tokens, again.labels, again.sequences] == [counts.tokens, counts.labels, counts.sequences]
+
+
+def test_counts_do_not_lose_increments() -> None:
+    # In bf16, 256 + 1 is 256: an expert would stop counting there.
+    selected = torch.zeros(70_001, 1, dtype=torch.long)
+    assert count_selections(selected, 2).tolist() == [70_001, 0]
+
+
+@pytest.mark.parametrize(
+    ("load", "vio", "entropy", "dead"),
+    [
+        ([4, 4, 4, 4], 0.0, 1.0, 0),
+        ([16, 0, 0, 0], 3.0, 0.0, 3),
+        ([2, 1, 1, 0], 1.0, (0.5 * math.log(2) + 0.5 * math.log(4)) / math.log(4), 1),
+        ([0, 0, 0, 0], 0.0, 0.0, 4),
+    ],
+)
+def test_figures_in_closed_form(load: list[int], vio: float, entropy: float, dead: int) -> None:
+    counted = torch.tensor([load, load])
+    assert max_vio(counted).tolist() == pytest.approx([vio, vio])
+    assert load_entropy(counted).tolist() == pytest.approx([entropy, entropy])
+    assert dead_experts(counted).tolist() == [dead, dead]
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=2, max_size=64))
+def test_load_fraction_sums_to_one_whatever_k_is(load: list[int]) -> None:
+    total = load_fraction(torch.tensor(load), torch.float64).sum().item()
+    assert total == pytest.approx(1.0 if any(load) else 0.0)
+
+
+def test_token_mask_from_every_kind_of_attention_mask() -> None:
+    tokens = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]).bool()
+    causal = torch.ones(4, 4).tril().bool()
+    allowed = causal & tokens[:, None, :] & tokens[:, :, None]
+    minimum, infinite = (
+        torch.zeros(2, 1, 4, 4).masked_fill(~allowed[:, None], value)
+        for value in (torch.finfo(torch.float32).min, -torch.inf)
+    )
+    for mask in (tokens, tokens.long(), tokens.float(), allowed[:, None], minimum, infinite):
+        assert torch.equal(token_mask(mask, 2, 4), tokens)
+    assert token_mask(None, 2, 4) is None
+    # With a cache the mask also covers the past; this forward holds the last positions.
+    assert torch.equal(token_mask(tokens, 2, 2), tokens[:, -2:])
+    assert torch.equal(token_mask(allowed[:, None, -2:], 2, 2), tokens[:, -2:])
+    with pytest.raises(ValueError, match=r"attention_mask must have 2 or 4 dimensions; got shape \(2, 4, 4\)"):
+        token_mask(allowed, 2, 4)

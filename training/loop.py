@@ -1,0 +1,157 @@
+"""The training loop: one plain Accelerate loop, for one process or many."""
+
+import time
+from importlib.metadata import version
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..configuration import RunSettings
+from ..data import MicroBatchSampler
+from ..modeling import MoEForCausalLM
+from .optimization import build_optimizer, build_schedule
+from .prepare import prepare_blocks, read_config
+from .run_directory import RunDirectory
+from .step_metrics import StepMetrics
+
+
+def train(settings: RunSettings) -> RunDirectory:
+    """Train a model from scratch and save it; the run directory then holds everything about the run.
+
+    Every process of the launch calls it. What can be wrong with the settings or the data is found before training
+    starts.
+
+    Args:
+        settings: from `parse_run_settings`.
+
+    Raises:
+        ValueError: bad settings or data; the message names the field, what it must be and what it got.
+        FloatingPointError: the loss is not a number.
+    """
+    model_settings, data, training = settings
+    config = read_config(model_settings)
+    assert training.output_dir is not None
+    run = RunDirectory(training.output_dir)
+
+    accumulation = training.gradient_accumulation_steps
+    accelerator = Accelerator(mixed_precision=training.mixed_precision, gradient_accumulation_steps=accumulation)
+    accelerator.wait_for_everyone()  # nobody makes the folder before everybody has found it empty
+    if accelerator.is_main_process:
+        run.create(settings)
+    set_seed(training.seed)
+
+    blocks, tokenizer, domains = prepare_blocks(accelerator, run, config, data, training)
+    sampler = MicroBatchSampler(
+        blocks.with_format(None)["domain"],
+        training.micro_batch_size,
+        training.max_steps * accumulation * accelerator.num_processes,
+        seed=training.seed,
+        micro_batch_domains=data.micro_batch_domains,
+    )
+
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    model = MoEForCausalLM(config)
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    balancer = model.balancer
+    optimizer = build_optimizer(model, training)
+    schedule = build_schedule(optimizer, training)
+    # The schedule is not prepared: Accelerate would step it once per process.
+    prepared, optimizer, batches = accelerator.prepare(model, optimizer, DataLoader(blocks, batch_sampler=sampler))
+
+    accelerator.print(
+        f"{model.num_parameters() / 1e6:.1f} M parameters, {accelerator.num_processes} processes, "
+        f"{len(blocks)} blocks of {data.block_size} tokens from {len(domains)} domains, "
+        f"balancing: {config.balancing_mode}"
+    )
+    tokens_per_step = accelerator.num_processes * accumulation * training.micro_batch_size * data.block_size
+    metrics = StepMetrics()
+    history: list[float] = []
+    prepared.train()
+    start = logged = time.perf_counter()
+    last_logged_step = 0
+    batches = iter(batches)
+    progress = tqdm(range(1, training.max_steps + 1), unit="step", disable=not accelerator.is_main_process)
+    for step in progress:
+        micro_batches = [next(batches) for _ in range(accumulation)]
+        labels = sum(batch["labels"][:, 1:].ne(-100).sum() for batch in micro_batches)
+        num_items_in_batch = accelerator.reduce(labels, "sum")
+
+        for batch in micro_batches:
+            with accelerator.accumulate(prepared):
+                outputs = prepared(
+                    input_ids=batch["input_ids"],
+                    position_ids=batch["position_ids"],
+                    labels=batch["labels"],
+                    num_items_in_batch=num_items_in_batch,
+                    use_cache=False,
+                )
+                # The loss is this micro-batch's share of the global batch's: undo the means that Accelerate (over
+                # micro-steps) and DDP (over processes) take, so that the shares add up.
+                accelerator.backward(outputs.loss * accumulation * accelerator.num_processes)
+                if accelerator.sync_gradients:
+                    gradient_norm = accelerator.clip_grad_norm_(prepared.parameters(), training.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                metrics.add_micro_batch(outputs)
+        balancer.after_optimizer_step(skipped=accelerator.optimizer_step_was_skipped)
+        learning_rate = schedule.get_last_lr()[0]
+        schedule.step()
+        metrics.end_step()
+
+        if step == 1 or step % training.logging_steps == 0 or step == training.max_steps:
+            record, load = metrics.read(accelerator, balancer)
+            now = time.perf_counter()
+            speed = (step - last_logged_step) * tokens_per_step / (now - logged)
+            logged, last_logged_step = now, step
+            lm_loss = record["lm_loss"]
+            assert isinstance(lm_loss, float)
+            if lm_loss != lm_loss:
+                raise FloatingPointError(f"the loss is not a number at step {step}; see {run.path / 'metrics.jsonl'}")
+            history.append(lm_loss)
+            if accelerator.is_main_process:
+                position = {"step": step, "tokens": step * tokens_per_step}
+                pace = {
+                    "learning_rate": learning_rate,
+                    "grad_norm": gradient_norm.item(),
+                    "tokens_per_second": speed,
+                    "seconds": now - start,
+                }
+                run.append("metrics.jsonl", position | record | pace)
+                run.append("load.jsonl", {"step": step, "load": load})
+                progress.set_postfix(loss=f"{lm_loss:.3f}", max_vio=f"{max(record['max_vio_batch']):.2f}")
+    seconds = time.perf_counter() - start
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+
+        def save(path):
+            accelerator.unwrap_model(prepared).save_pretrained(path)
+            tokenizer.save_pretrained(path)
+
+        run.write_whole("model", save)
+        summary = {
+            "world_size": accelerator.num_processes,
+            "gradient_accumulation_steps": accumulation,
+            "balancing_mode": config.balancing_mode,
+            "parameters": model.num_parameters(),
+            "domains": domains,
+            "steps": training.max_steps,
+            "tokens": training.max_steps * tokens_per_step,
+            "seconds": seconds,
+            "tokens_per_second": training.max_steps * tokens_per_step / seconds,
+            "lm_loss_start": history[0],
+            "lm_loss_end": history[-1],
+            "device": str(accelerator.device),
+            "versions": {name: version(name) for name in ("equipoise", "torch", "transformers", "accelerate")},
+        }
+        run.write_json("training.json", summary)
+    accelerator.end_training()
+    return run
+
+
+__all__ = ["train"]

@@ -1,0 +1,84 @@
+"""The run directory: one training run is one folder that anyone can zip and understand."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..configuration import RunSettings
+
+
+class RunDirectory:
+    """Where a run keeps what it makes.
+
+    ```
+    settings.yaml        every setting of the run; `scripts/train.py settings.yaml` repeats it
+    tokenizer/           the tokenizer the text was cut with
+    validation.parquet   the held-out documents (text, domain)
+    metrics.jsonl        one line per logging step
+    load.jsonl           one line per logging step: selections of each expert in one global batch, by layer
+    training.json        what the run was and cost
+    model/               weights, configuration and tokenizer, for `from_pretrained`
+    ```
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: the folder already holds something.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(f"output_dir must be new or empty, a run is never overwritten; got {self.path}")
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def validation(self) -> Path:
+        return self.path / "validation.parquet"
+
+    def create(self, settings: RunSettings) -> None:
+        """Make the folder and write down the settings."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        merged = {name: value for group in settings for name, value in asdict(group).items()}
+        self.write_whole("settings.yaml", lambda path: path.write_text(yaml.safe_dump(merged, sort_keys=False)))
+
+    def write_whole(self, name: str, write: Callable[[Path], Any]) -> Path:
+        """Write a file or folder under a temporary name, then rename it: it is there whole, or not at all.
+
+        Args:
+            name: of the file or folder in the run directory.
+            write: called with the temporary path.
+        """
+        target, temporary = self.path / name, self.path / f".{name}.{os.getpid()}"
+        try:
+            write(temporary)
+            temporary.replace(target)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink(missing_ok=True)
+        return target
+
+    def write_json(self, name: str, record: dict[str, Any]) -> Path:
+        """Write one record as a JSON file."""
+        return self.write_whole(name, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Add one line of JSON to a file; a line is written in one go."""
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
