@@ -9,10 +9,9 @@ from huggingface_hub.errors import StrictDataclassError
 
 def main() -> None:
     try:
-        run = train(parse_run_settings(sys.argv[1:]))
+        train(parse_run_settings(sys.argv[1:]))
     except (ValueError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
-    print(f"model, tokenizer and metrics are in {run.path}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The training loop: one plain Accelerate loop, for one process or many."""
 
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import torch
@@ -39,19 +40,18 @@ def train(settings: RunSettings) -> RunDirectory:
     accumulation = training.gradient_accumulation_steps
     accelerator = Accelerator(mixed_precision=training.mixed_precision, gradient_accumulation_steps=accumulation)
     accelerator.wait_for_everyone()  # nobody makes the folder before everybody has found it empty
-    if accelerator.is_main_process:
-        run.create(settings)
+    with run.prepared(settings) if accelerator.is_main_process else nullcontext():
+        blocks, tokenizer, domains = prepare_blocks(accelerator, run, config, data, training)
+        sampler = MicroBatchSampler(
+            blocks.with_format(None)["domain"],
+            training.micro_batch_size,
+            training.max_steps * accumulation * accelerator.num_processes,
+            seed=training.seed,
+            micro_batch_domains=data.micro_batch_domains,
+        )
+        accelerator.wait_for_everyone()  # nobody reads the preparation any more
+
     set_seed(training.seed)
-
-    blocks, tokenizer, domains = prepare_blocks(accelerator, run, config, data, training)
-    sampler = MicroBatchSampler(
-        blocks.with_format(None)["domain"],
-        training.micro_batch_size,
-        training.max_steps * accumulation * accelerator.num_processes,
-        seed=training.seed,
-        micro_batch_domains=data.micro_batch_domains,
-    )
-
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     model = MoEForCausalLM(config)
@@ -150,6 +150,7 @@ def train(settings: RunSettings) -> RunDirectory:
             "versions": {name: version(name) for name in ("equipoise", "torch", "transformers", "accelerate")},
         }
         run.write_json("training.json", summary)
+    accelerator.print(f"model, tokenizer and metrics are in {run.path}")
     accelerator.end_training()
     return run
 

@@ -54,6 +54,7 @@ def prepare_blocks(
             f"got {data.block_size}"
         )
     assert data.data is not None
+    tokenizer_folder = run.preparation / "tokenizer"
     with accelerator.main_process_first():
         documents = read_documents(
             data.data,
@@ -64,14 +65,14 @@ def prepare_blocks(
             max_validation_bytes_per_domain=data.max_validation_bytes_per_domain,
         )
         if accelerator.is_main_process:
+            documents["validation"].to_parquet(run.preparation / "validation.parquet")
             if data.tokenizer is None:
                 tokenizer = train_tokenizer(sample_texts(documents["train"]), config.vocab_size)
             else:
                 tokenizer = load_tokenizer(data.tokenizer)
-            run.write_whole("tokenizer", tokenizer.save_pretrained)
-            run.write_whole("validation.parquet", lambda path: documents["validation"].to_parquet(path))
-        # Every process reads the same saved tokenizer: its fingerprint is the key of the cache of packed blocks.
-        tokenizer = load_tokenizer(run.tokenizer)
+            tokenizer.save_pretrained(tokenizer_folder)
+        # Every process reads what was saved: one tokenizer, and one key for the cache of packed blocks.
+        tokenizer = load_tokenizer(tokenizer_folder)
         if len(tokenizer) > config.vocab_size:
             raise ValueError(
                 f"vocab_size must hold the tokenizer's {len(tokenizer)} tokens ({data.tokenizer}); "

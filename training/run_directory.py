@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,24 +38,24 @@ class RunDirectory:
         self.path = Path(path)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"output_dir must be new or empty, a run is never overwritten; got {self.path}")
+        self.preparation = self.path.absolute().with_name(f".{self.path.name}.preparing")
+        """Where the run directory is put together before training starts."""
 
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
+    @contextmanager
+    def prepared(self, settings: RunSettings) -> Iterator[None]:
+        """Put the run directory together beside its place; when the block ends well it is moved there, else removed.
 
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def validation(self) -> Path:
-        return self.path / "validation.parquet"
-
-    def create(self, settings: RunSettings) -> None:
-        """Make the folder and write down the settings."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        merged = {name: value for group in settings for name, value in asdict(group).items()}
-        self.write_whole("settings.yaml", lambda path: path.write_text(yaml.safe_dump(merged, sort_keys=False)))
+        So a run that was refused leaves nothing behind, and can be started again under the same name.
+        """
+        shutil.rmtree(self.preparation, ignore_errors=True)  # left by a process that was killed
+        self.preparation.mkdir(parents=True)
+        try:
+            merged = {name: value for group in settings for name, value in asdict(group).items()}
+            (self.preparation / "settings.yaml").write_text(yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
+            yield
+            self.preparation.replace(self.path)
+        finally:
+            shutil.rmtree(self.preparation, ignore_errors=True)
 
     def write_whole(self, name: str, write: Callable[[Path], Any]) -> Path:
         """Write a file or folder under a temporary name, then rename it: it is there whole, or not at all.

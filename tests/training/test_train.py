@@ -1,0 +1,204 @@
+"""Training for real: the script under its launcher, in one process and in two, on real text."""
+
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+import yaml
+from equipoise import MoEForCausalLM
+from equipoise.configuration import parse_run_settings
+from equipoise.training import RunDirectory, loop, train
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURE = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 8,
+    "moe_intermediate_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains: Python's own sources and Python's own prose."""
+    folder = tmp_path_factory.mktemp("corpus")
+    modules = sorted(module.name for module in pkgutil.iter_modules([str(Path(json.__file__).parents[1])]))
+    files = [Path(spec.origin) for name in modules[:120] if (spec := find_spec(name)) and spec.origin]
+    code = [file.read_text(encoding="utf-8") for file in files if file.suffix == ".py"][:40]
+    for domain, texts in (("code", code), ("prose", list(topics.values()))):
+        (folder / domain).mkdir()
+        for split, part in (("train", texts[8:]), ("validation", texts[:8])):
+            lines = [json.dumps({"text": text}) for text in part]
+            (folder / domain / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def settings(corpus: Path, output: Path, **changes: object) -> dict:
+    return {
+        "preset": str(ROOT / "hub_configs" / "tiny"),
+        "config_overrides": ARCHITECTURE | {"balancing_mode": "loss_free", "scoring_func": "sigmoid"},
+        "data": str(corpus),
+        "output_dir": str(output),
+        "max_train_bytes_per_domain": 300_000,
+        "block_size": 64,
+        "micro_batch_size": 2,
+        "max_steps": 12,
+        "warmup_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 4,
+        "micro_batch_domains": "single",
+    } | changes
+
+
+def launch(processes: int, file: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, str(ROOT / "scripts" / "train.py"), str(file)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
+@pytest.mark.processes
+def test_two_processes_train_as_one_with_twice_the_accumulation(corpus: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        file = tmp_path / f"{processes}.yaml"
+        values = settings(corpus, tmp_path / f"run{processes}", gradient_accumulation_steps=2 // processes)
+        file.write_text(yaml.safe_dump(values))
+        done = launch(processes, file)
+        assert done.returncode == 0, done.stderr[-6000:]
+
+    one, two = tmp_path / "run1", tmp_path / "run2"
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    assert [line["step"] for line in lines[0]] == [1, 4, 8, 12]
+    for first, second in zip(*lines, strict=True):
+        assert second["lm_loss"] == pytest.approx(first["lm_loss"], abs=2e-3)
+        assert second["tokens"] == first["tokens"]
+    assert lines[1][-1]["lm_loss"] < lines[1][0]["lm_loss"] - 0.5
+
+    loads = [[json.loads(line)["load"] for line in (run / "load.jsonl").read_text().splitlines()] for run in (one, two)]
+    assert loads[0][0] == loads[1][0]  # before any rounding could differ
+    tokens_per_step, per_token = 2 * 2 * 64, 2
+    assert torch.tensor(loads).sum(-1).eq(tokens_per_step * per_token).all()
+
+    summary = json.loads((two / "training.json").read_text())
+    assert (summary["world_size"], summary["steps"], summary["tokens"]) == (2, 12, 12 * tokens_per_step)
+    assert summary["lm_loss_end"] == lines[1][-1]["lm_loss"]
+    assert summary["domains"] == ["code", "prose"]
+
+    model = AutoModelForCausalLM.from_pretrained(two / "model")
+    tokenizer = AutoTokenizer.from_pretrained(two / "model")
+    assert isinstance(model, MoEForCausalLM)
+    assert model.selection_biases()[0].abs().max() > 0
+    prompt = tokenizer("def ", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] == prompt["input_ids"].shape[1] + 4
+    reference = AutoModelForCausalLM.from_pretrained(one / "model")
+    for name, weight in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, atol=2e-2, rtol=0, msg=name)
+    assert not [path for path in two.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "words"),
+    [
+        ({}, {"balancing_mode": "global"}, "balancing_mode"),
+        ({}, {"num_experts_per_tok": 9}, "num_experts_per_tok must be between 1 and num_experts (8); got 9"),
+        ({}, {"n_group": 3}, "n_group must divide num_experts (8); got 3"),
+        ({}, {"num_expert": 4}, "config_overrides must name fields of MoEConfig; got num_expert"),
+        ({"preset": "hub_configs/none"}, {}, "preset must be a folder with a config.json; got hub_configs/none"),
+        ({"block_size": 2048}, {}, "block_size must be at most max_position_embeddings (1024); got 2048"),
+        ({"data": "no/such/folder"}, {}, "no/such/folder"),
+        ({"text_column": "body"}, {}, "body"),
+    ],
+)
+def test_bad_input_is_refused_before_training(
+    changes: dict, overrides: dict, words: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises((ValueError, StrictDataclassError)) as refused:
+        try_to_train(settings(corpus, tmp_path / "run", **changes), overrides, tmp_path, monkeypatch)
+    assert words in str(refused.value)
+    assert not list(tmp_path.glob("run*")), "a refused run leaves nothing behind"
+    assert not list(tmp_path.glob(".run*"))
+
+
+def try_to_train(values: dict, overrides: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def training_has_started(*_: object) -> None:
+        raise AssertionError("a model was built: the input should have been refused before")
+
+    monkeypatch.setattr(loop, "MoEForCausalLM", training_has_started)
+    values["config_overrides"] = values["config_overrides"] | overrides
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump(values))
+    train(parse_run_settings([str(file)]))
+
+
+def test_an_empty_domain_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus" / "poetry").mkdir(parents=True)
+    (tmp_path / "corpus" / "code").symlink_to(corpus / "code")
+    for split in ("train", "validation"):
+        (tmp_path / "corpus" / "poetry" / f"{split}.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ValueError, match="poetry"):
+        try_to_train(settings(tmp_path / "corpus", tmp_path / "run"), {}, tmp_path, monkeypatch)
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for domain in ("latin", "prose"):
+        (tmp_path / "corpus" / domain).mkdir(parents=True)
+        (tmp_path / "corpus" / domain / "train.txt").write_bytes("café ".encode("latin-1") * 50)
+        (tmp_path / "corpus" / domain / "validation.txt").write_text("text " * 50)
+    with pytest.raises(ValueError, match=r"train\.txt.*UTF-8|UTF-8.*train\.txt"):
+        try_to_train(settings(tmp_path / "corpus", tmp_path / "run"), {}, tmp_path, monkeypatch)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from equipoise.data import train_tokenizer
+
+    tokenizer = train_tokenizer([" ".join(topics.values())], 600)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    values = settings(corpus, tmp_path / "run", tokenizer=str(tmp_path / "tokenizer"))
+    with pytest.raises(ValueError, match=r"vocab_size must hold the tokenizer's 600 tokens .*; got 512"):
+        try_to_train(values, {}, tmp_path, monkeypatch)
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_a_run_directory_that_holds_a_run_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="output_dir must be new or empty"):
+        try_to_train(settings(corpus, tmp_path / "run"), {}, tmp_path, monkeypatch)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_the_script_says_one_line_and_fails(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "train.py"), "--data=none", f"--output_dir={tmp_path / 'run'}"]
+    done = subprocess.run([*script, "--preset=none"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "error: preset must be a folder with a config.json; got none"
+
+
+def test_what_is_written_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+
+    def half(path: Path) -> None:
+        path.mkdir()
+        (path / "weights").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run.write_whole("model", half)
+    assert list(tmp_path.iterdir()) == []
