@@ -6,32 +6,32 @@ Importing the package registers `MoEConfig` with `AutoConfig`, and the models wi
 
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
 from .configuration import MoEConfig
 
+if TYPE_CHECKING:
+    from .balancing import Balancer, LoadCountSynchronizer
+    from .modeling import MoEForCausalLM, MoEModel, MoEPreTrainedModel
+
 __version__ = "0.1.0"
 
-AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
+__all__ = ["Balancer", "LoadCountSynchronizer", "MoEConfig", "MoEForCausalLM", "MoEModel", "MoEPreTrainedModel"]
 
-# name -> room that defines it; loaded on first use, so that `import equipoise` works without torch
-_EXPORTS = {
-    "MoEForCausalLM": "modeling",
-    "MoEModel": "modeling",
-    "MoEPreTrainedModel": "modeling",
+# name -> room that defines it
+_LAZY = {name: "modeling" for name in __all__ if name.startswith("MoE")} | {
     "Balancer": "balancing",
     "LoadCountSynchronizer": "balancing",
-    "TrainingSettings": "configuration",
 }
 
+AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
 if find_spec("torch") is not None:
-    from . import modeling as modeling  # registers the models
-
-__all__ = ["MoEConfig", *_EXPORTS]
+    import_module(".modeling", __name__)  # registers the models
 
 
-def __getattr__(name: str) -> object:
-    if name in _EXPORTS:
-        return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

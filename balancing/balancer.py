@@ -50,9 +50,9 @@ class Balancer:
     `after_optimizer_step` once per real optimizer step. It holds integer counts and no parameter, and it is no module:
     nothing in it is broadcast, cast or saved with the weights.
 
-    **Scale.** A coefficient means the same under any accumulation, world size, `K`, `E`, `L` and padding: the terms of
-    micro-batch `m` are weighted by `T_m / T`, its share of the global batch's tokens (the sequence loss by its share of
-    the sequences), in the convention of the loop that calls. See `loss`.
+    **Scale.** A coefficient means the same under any accumulation, world size, `K`, `E`, `L` and padding: the terms
+    of micro-batch `m` are weighted by `T_m / T`, its share of the global batch's tokens (the sequence loss by its
+    share of the sequences), in the convention of the loop that calls. See `loss`.
 
     Args:
         mode: `none`; `micro_batch`, `sequence` or `global_batch` (a loss over that scope); `loss_free` (a bias).
@@ -222,8 +222,8 @@ class Balancer:
             scores = routing_scores(logits, self.scoring_func)
             if load is None:
                 if mask is None:
-                    mask = torch.ones(observed.batch_size, logits.shape[0] // observed.batch_size, device=logits.device)
-                loss = sequence_load_balancing_loss(scores, experts, mask.bool())
+                    mask = logits.new_ones(observed.batch_size, logits.shape[0] // observed.batch_size).bool()
+                loss = sequence_load_balancing_loss(scores, experts, mask)
             else:
                 mean_score = mean_scores(scores, None if mask is None else mask.reshape(-1))
                 fraction = load_fraction(load[layer], scores.dtype).to(logits.device)

@@ -129,7 +129,8 @@ def max_vio(load: Tensor) -> Tensor:
     0 is perfect balance; `E / K - 1` is the most there can be. 0 where nothing was counted.
 
     Args:
-        load: counts `[..., E]`, over an evaluation set (*global*), a global batch (*batch*) or a micro-batch (*micro*).
+        load: counts `[..., E]`, over an evaluation set (*global*), a global batch (*batch*) or one micro-batch
+            (*micro*).
 
     Returns:
         float32 `[...]`, without unit.

@@ -5,8 +5,8 @@ from .training_settings import DataSettings, ModelSettings, RunSettings, Trainin
 
 __all__ = [
     "DataSettings",
-    "ModelSettings",
     "MoEConfig",
+    "ModelSettings",
     "RunSettings",
     "TrainingSettings",
     "parse_run_settings",

@@ -153,6 +153,8 @@ class MoEConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
 
     def validate_attention(self):
+        assert self.num_key_value_heads is not None
+        assert self.head_dim is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}); "

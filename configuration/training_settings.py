@@ -109,7 +109,14 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_steps", "micro_batch_size", "gradient_accumulation_steps", "logging_steps")
         _at_least(
-            self, 0, "learning_rate", "min_learning_rate_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "seed"
+            self,
+            0,
+            "learning_rate",
+            "min_learning_rate_ratio",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "seed",
         )
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps must be at most max_steps ({self.max_steps}); got {self.warmup_steps}")

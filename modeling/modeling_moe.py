@@ -41,6 +41,8 @@ class MoEAttention(nn.Module):
 
     def __init__(self, config: MoEConfig, layer_idx: int):
         super().__init__()
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
@@ -261,7 +263,8 @@ class MoEModel(MoEPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = (positions[None] + past).long()
         # The mask comes before a fresh cache is made: with one, Transformers looks for no packed documents.
         causal_mask = create_causal_mask(
             config=self.config,
@@ -327,7 +330,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
     def selection_biases(self) -> list[Tensor]:
         """The routers' selection biases, fp32 `[E]` each, in layer order."""
-        return [layer.mlp.gate.e_score_correction_bias for layer in self.model.layers if isinstance(layer.mlp, MoEBlock)]
+        blocks = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoEBlock)]
+        return [block.gate.e_score_correction_bias for block in blocks]
 
     @can_return_tuple
     def forward(
@@ -413,7 +417,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         """How many positions bear loss, as the loss function will see them; `None` without labels."""
         if labels is None and shift_labels is None:
             return None
-        targets = labels[..., 1:] if shift_labels is None else shift_labels
+        targets = shift_labels if labels is None or shift_labels is not None else labels[..., 1:]
+        assert targets is not None
         return targets.ne(-100).sum()
 
 

@@ -4,7 +4,6 @@ import time
 from contextlib import nullcontext
 from importlib.metadata import version
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
@@ -123,7 +122,7 @@ def train(settings: RunSettings) -> RunDirectory:
                 }
                 run.append("metrics.jsonl", position | record | pace)
                 run.append("load.jsonl", {"step": step, "load": load})
-                progress.set_postfix(loss=f"{lm_loss:.3f}", max_vio=f"{max(record['max_vio_batch']):.2f}")
+                progress.set_postfix(loss=f"{lm_loss:.3f}")
     seconds = time.perf_counter() - start
 
     accelerator.wait_for_everyone()

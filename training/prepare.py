@@ -4,7 +4,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ..configuration import DataSettings, MoEConfig, ModelSettings, TrainingSettings
+from ..configuration import DataSettings, ModelSettings, MoEConfig, TrainingSettings
 from ..data import load_tokenizer, pack_documents, read_documents, sample_texts, train_tokenizer
 from .run_directory import RunDirectory
 

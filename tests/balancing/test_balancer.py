@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from equipoise.balancing import Balancer, load_balancing_loss, load_fraction, max_vio, mean_scores, routing_scores
 from torch import Tensor
+
+from equipoise.balancing import Balancer, load_balancing_loss, load_fraction, max_vio, mean_scores, routing_scores
 
 E, K, L = 6, 2, 2
 

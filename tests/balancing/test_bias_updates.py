@@ -1,9 +1,10 @@
 """The sign rule against its one line in the paper."""
 
 import torch
-from equipoise.balancing import BIAS_UPDATE_RULES
 from hypothesis import given
 from hypothesis import strategies as st
+
+from equipoise.balancing import BIAS_UPDATE_RULES
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=2, max_size=32), st.integers(0, 2**31))

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from equipoise import MoEConfig, MoEForCausalLM
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from equipoise import MoEConfig, MoEForCausalLM
 
 SEQUENCES, LENGTH = 9, 16
 COEFFICIENT = 0.5  # large: an error in the balancing part must not drown in the cross-entropy

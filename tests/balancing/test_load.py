@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from equipoise.balancing import (
     LoadCounts,
     count_load,
@@ -14,8 +17,6 @@ from equipoise.balancing import (
     max_vio,
     token_mask,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 shapes = st.tuples(
     st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(2, 9), st.integers(0, 2**31)

@@ -4,6 +4,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from equipoise.balancing import (
     load_balancing_loss,
     load_fraction,
@@ -12,13 +16,8 @@ from equipoise.balancing import (
     routing_scores,
     sequence_load_balancing_loss,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
-shapes = st.tuples(
-    st.integers(1, 4), st.integers(1, 7), st.integers(2, 8), st.integers(0, 2**31)
-)  # B, T, E, seed
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(2, 8), st.integers(0, 2**31))  # B, T, E, seed
 scoring = st.sampled_from(["softmax", "sigmoid"])
 
 

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from equipoise import MoEConfig
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
+
+from equipoise import MoEConfig
 
 PRESETS = sorted(path.parent for path in (Path(__file__).parents[2] / "hub_configs").glob("*/config.json"))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from equipoise.configuration import parse_run_settings
 
 SETTINGS = {

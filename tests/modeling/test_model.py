@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from equipoise import MoEConfig, MoEForCausalLM, MoEModel
-from equipoise.modeling import MoERouter
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeForCausalLM
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
+
+from equipoise import MoEConfig, MoEForCausalLM, MoEModel
+from equipoise.modeling import MoERouter
 
 Make = Callable[..., MoEConfig]
 
@@ -207,9 +208,7 @@ def test_loss_is_language_model_loss_plus_aux_loss(tiny_config: Make) -> None:
     outputs = model(ids, labels=ids)
     torch.testing.assert_close(outputs.loss, outputs.lm_loss + outputs.aux_loss)
     terms = outputs.aux_losses
-    by_hand = (
-        0.5 * terms["load_balancing_loss"] + 0.125 * terms["complementary_loss"] + 0.25 * terms["router_z_loss"]
-    )
+    by_hand = 0.5 * terms["load_balancing_loss"] + 0.125 * terms["complementary_loss"] + 0.25 * terms["router_z_loss"]
     torch.testing.assert_close(outputs.aux_loss.detach(), by_hand)
     without_labels = model(ids)
     assert without_labels.loss is None

@@ -12,11 +12,12 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from equipoise import MoEForCausalLM
 from equipoise.configuration import parse_run_settings
 from equipoise.training import RunDirectory, loop, train
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = {
@@ -87,7 +88,9 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(corpus: Path, tm
         assert second["tokens"] == first["tokens"]
     assert lines[1][-1]["lm_loss"] < lines[1][0]["lm_loss"] - 0.5
 
-    loads = [[json.loads(line)["load"] for line in (run / "load.jsonl").read_text().splitlines()] for run in (one, two)]
+    loads = [
+        [json.loads(line)["load"] for line in (run / "load.jsonl").read_text().splitlines()] for run in (one, two)
+    ]
     assert loads[0][0] == loads[1][0]  # before any rounding could differ
     tokens_per_step, per_token = 2 * 2 * 64, 2
     assert torch.tensor(loads).sum(-1).eq(tokens_per_step * per_token).all()
