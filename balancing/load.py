@@ -124,7 +124,7 @@ def load_fraction(load: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def max_vio(load: Tensor) -> Tensor:
-    """Maximal violation `(max_i load_i - mean load) / mean load` (Loss-Free Balancing, arXiv 2408.15664, section 3).
+    """Maximal violation `(max_i load_i - mean load) / mean load` (Loss-Free Balancing, arXiv 2408.15664).
 
     0 is perfect balance; `E / K - 1` is the most there can be. 0 where nothing was counted.
 

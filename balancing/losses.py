@@ -55,7 +55,7 @@ def load_balancing_loss(fraction: Tensor, mean_score: Tensor) -> Tensor:
     """`LBL = E * sum_i f_i P_i`, exactly 1 when either is uniform, whatever `K` and `E`.
 
     It is linear in `P`, so with `f` counted over the global batch each rank may keep its own tokens' `P`: the mean of
-    the ranks' losses is the global batch's (arXiv 2501.11873, section 3).
+    the ranks' losses is the global batch's (arXiv 2501.11873).
 
     Args:
         fraction: load fraction `f`, `[E]`, summing to 1; carries no gradient.
@@ -89,7 +89,7 @@ def sequence_load_balancing_loss(scores: Tensor, selected_experts: Tensor, mask:
 def router_z_loss(router_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over the tokens of `logsumexp(logits)^2`: keeps router logits small.
 
-    Source: ST-MoE, arXiv 2202.08906, section 3, equation 5.
+    Source: ST-MoE, arXiv 2202.08906, equation 5.
 
     Args:
         router_logits: `[N, E]`.

@@ -27,7 +27,7 @@ class LoadCountSynchronizer:
     language-model loss, and it hides under the output projection. Every rank of the group must take part in every
     micro-step, one without a valid token with zeros. Without a process group it is a plain sum.
 
-    Source: "Demons in the Detail", arXiv 2501.11873, section 3 (synchronisation and the accumulation buffer).
+    Source: "Demons in the Detail", arXiv 2501.11873 (synchronisation and the accumulation buffer).
 
     Args:
         process_group: the data-parallel group; `None` is the default group. Tensor- and expert-parallel peers hold the

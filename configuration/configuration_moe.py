@@ -110,7 +110,7 @@ class MoEConfig(PreTrainedConfig):
     """Coefficient of the load-balancing loss of `balancing_mode`. It means the same under any world size,
     accumulation, number of experts, of layers, and padding."""
     router_z_loss_coef: float = 0.0
-    """Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906, section 3)."""
+    """Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906)."""
     load_estimate: LoadEstimate = "running"
     """Which load stands for the global batch's while it is being accumulated: `current`, the synchronised counts of
     this micro-step; `running`, those of all micro-steps since the last optimizer step (the paper's buffer)."""

@@ -246,7 +246,7 @@ class MoEModel(MoEPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -264,7 +264,7 @@ class MoEModel(MoEPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-            position_ids = (positions[None] + past).long()
+            position_ids = positions[None] + past
         # The mask comes before a fresh cache is made: with one, Transformers looks for no packed documents.
         causal_mask = create_causal_mask(
             config=self.config,
@@ -338,7 +338,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,

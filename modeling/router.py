@@ -17,7 +17,7 @@ class MoERouter(nn.Module):
     """Selects `K` experts for each token, from scores plus a selection bias, in groups where asked.
 
     The selection bias enters the selection and nowhere else: weights come from the scores alone (Loss-Free Balancing,
-    arXiv 2408.15664, section 3). It is a buffer, in fp32 whatever the model's dtype: in bf16 a bias of 0.5 does not
+    arXiv 2408.15664). It is a buffer, in fp32 whatever the model's dtype: in bf16 a bias of 0.5 does not
     see an update of 0.001.
     """
 

@@ -2,9 +2,10 @@
 
 import sys
 
+from huggingface_hub.errors import StrictDataclassError
+
 from equipoise.configuration import parse_run_settings
 from equipoise.training import train
-from huggingface_hub.errors import StrictDataclassError
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from equipoise import MoEConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"
