@@ -1,1 +1,20 @@
-"""."""
+"""Text of many domains in, packed training blocks out."""
+
+from .documents import read_documents
+from .embedded_corpus import build_embedded_corpus
+from .order import MicroBatchSampler
+from .packing import pack_documents
+from .tokenizer import load_tokenizer, sample_texts, train_tokenizer
+from .windows import evaluation_windows, windows
+
+__all__ = [
+    "MicroBatchSampler",
+    "build_embedded_corpus",
+    "evaluation_windows",
+    "load_tokenizer",
+    "pack_documents",
+    "read_documents",
+    "sample_texts",
+    "train_tokenizer",
+    "windows",
+]

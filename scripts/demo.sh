@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # From an empty folder to a trained, measured and pictured Mixture-of-Experts model. `make demo` calls it.
-#   RUN=runs/other PROCESSES=2 STEPS=500 bash scripts/demo.sh
+#   RUN=runs/other PROCESSES=2 STEPS=350 bash scripts/demo.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/demo}
 PROCESSES=${PROCESSES:-2}
-STEPS=${STEPS:-500}
+STEPS=${STEPS:-350}
 if [ -e "$RUN" ]; then
     echo "error: $RUN already holds a run; remove it, or choose another folder: RUN=runs/other make demo" >&2
     exit 1

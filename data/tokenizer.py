@@ -1,0 +1,77 @@
+"""The tokenizer: a byte-level BPE trained on the documents, or one that is given."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE whose one special token, `<|endoftext|>`, is bos, eos and pad at once.
+
+    Args:
+        texts: The documents to learn merges from.
+        vocab_size: Largest number of entries, at least 257 (256 bytes and the special token). Texts that
+            do not fill it give a smaller vocabulary.
+
+    Raises:
+        ValueError: `vocab_size` is below 257.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 1:
+        raise ValueError(
+            f"vocab_size must be at least {len(alphabet) + 1}, every byte and {END_OF_TEXT}; got {vocab_size}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=True
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """Loads any tokenizer that `AutoTokenizer` knows.
+
+    Raises:
+        ValueError: The tokenizer has no eos token, so that documents could not be told apart.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer must have an eos token to end documents with; got none in {name_or_path}")
+    return tokenizer
+
+
+def sample_texts(documents: Dataset, max_bytes: int = 20_000_000, *, seed: int = 0) -> Iterator[str]:
+    """Yields about `max_bytes` UTF-8 bytes of text, as many from each domain, to train a tokenizer on.
+
+    Args:
+        documents: Columns `text` and `domain`, as `read_documents` gives them.
+        max_bytes: Never more than this. A domain with less than its share gives all it has.
+        seed: Which documents are taken; the same seed gives the same texts in the same order.
+    """
+    names = np.asarray(documents.with_format("numpy")["domain"][:], dtype=object)
+    domains = sorted(set(names))
+    for number, domain in enumerate(domains):
+        left = max_bytes // len(domains)
+        for index in np.random.default_rng((seed, number)).permutation(np.flatnonzero(names == domain)):
+            text = documents[int(index)]["text"]
+            num_bytes = len(text.encode())
+            if num_bytes <= left:
+                left -= num_bytes
+                yield text
+            if left < 1_000:  # nothing but crumbs would still fit: do not read the whole domain for them
+                break
