@@ -4,7 +4,6 @@ Shapes: G domains, L MoE layers, E experts; S logging steps.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..balancing import dead_experts, max_vio
+from ..data import write_whole
 from .load_history import LoadHistory
 
 # Figures are made without pyplot: no backend to choose, no global state, and nothing to close.
@@ -101,11 +101,8 @@ def load_figure(history: LoadHistory) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes the figure beside its name and renames it, so that no half picture is ever there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    """Writes the figure as PNG, whole or not at all."""
+    write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
 def _draw_curves(figure: SubFigure, history: LoadHistory) -> None:

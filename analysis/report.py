@@ -1,7 +1,5 @@
 """The report of an analysis: the numbers as `analysis.json`, and the pictures."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import transformers
 
 import equipoise
 
+from ..data import write_json
 from .figures import load_figure, save_figure, specialisation_figure
 from .load_history import LoadHistory
 from .routing_trace import RoutingTrace
@@ -92,7 +91,6 @@ def write_report(
         What `analysis.json` holds; see `analyse`.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     numbers = analyse(trace, micro_batch_size=micro_batch_size, permutations=permutations, seed=seed)
     titles = [
         f"layer {layer['layer']}\n{layer['mutual_information_bits']:.3f} bits"
@@ -103,10 +101,7 @@ def write_report(
     if history is not None:
         save_figure(load_figure(history), directory / "load.png")
     # The numbers last: where they are, the pictures are theirs.
-    path = directory / "analysis.json"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(directory / "analysis.json", numbers)
     return numbers
 
 

@@ -1,7 +1,8 @@
 """Text of many domains in, packed training blocks out."""
 
-from .documents import read_documents
+from .documents import read_documents, read_held_out
 from .embedded_corpus import build_embedded_corpus
+from .files import write_json, write_whole
 from .order import MicroBatchSampler
 from .packing import pack_documents
 from .tokenizer import load_tokenizer, sample_texts, train_tokenizer
@@ -14,7 +15,10 @@ __all__ = [
     "load_tokenizer",
     "pack_documents",
     "read_documents",
+    "read_held_out",
     "sample_texts",
     "train_tokenizer",
     "windows",
+    "write_json",
+    "write_whole",
 ]

@@ -113,6 +113,14 @@ def read_documents(
     )
 
 
+def read_held_out(path: str | Path) -> Dataset:
+    """Held-out documents for evaluation: a file called `validation.parquet` as it is, as a training run leaves it, or
+    the validation split that `read_documents` finds in any other data."""
+    if Path(path).name == "validation.parquet" and Path(path).is_file():
+        return Dataset.from_parquet(str(path))
+    return read_documents(path)["validation"]
+
+
 def _find_files(path: str | Path) -> dict[str | None, list[Path]]:
     """Domain -> its files, sorted; the one key None where the rows name their domain."""
     folder = Path(path)

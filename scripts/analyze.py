@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import equipoise  # noqa: F401 (registers the models with the Auto classes)
 from equipoise.analysis import LoadHistory, trace_routing, write_report
-from equipoise.data import read_documents
+from equipoise.data import read_held_out
 
 
 @dataclass
@@ -99,13 +98,6 @@ def find_files(arguments: AnalysisArguments) -> tuple[Path, Path, Path]:
     if arguments.data is None and not data.is_file():
         raise ValueError(f"--data must be given for a run without validation.parquet; got none in {run}")
     return model_folder, data, Path(arguments.output or run / "analysis")
-
-
-def read_held_out(data: Path) -> Dataset:
-    """A run's held-out documents as they are, or the validation split of any other data."""
-    if data.name == "validation.parquet" and data.is_file():
-        return Dataset.from_parquet(str(data))
-    return read_documents(data)["validation"]
 
 
 def print_table(numbers: dict[str, Any]) -> None:

@@ -3,18 +3,15 @@
 python scripts/evaluate_model.py --model runs/small
 """
 
-import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import equipoise
-from equipoise.data import read_documents
+from equipoise.data import read_held_out, write_json
 from equipoise.evaluation import evaluate_domains
 
 
@@ -63,10 +60,7 @@ def evaluate_model(arguments: EvaluationArguments) -> None:
         "settings": {"model": str(model_folder), "data": str(data), "block_size": arguments.block_size},
         "versions": {"equipoise": equipoise.__version__, "torch": torch.__version__},
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, output)
+    write_json(output, report)
     print(f"\nwritten to {output}")
 
 
@@ -90,13 +84,6 @@ def find_files(arguments: EvaluationArguments, run: Path | None) -> tuple[Path, 
     if output is None:
         raise ValueError(f"--output must be given for a model that is not part of a run; got {arguments.model}")
     return Path(data), Path(output)
-
-
-def read_held_out(data: Path) -> Dataset:
-    """A run's held-out documents as they are, or the validation split of any other data."""
-    if data.name == "validation.parquet" and data.is_file():
-        return Dataset.from_parquet(str(data))
-    return read_documents(data)["validation"]
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:

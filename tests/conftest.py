@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from equipoise import MoEConfig
+from equipoise import MoEConfig, MoEForCausalLM
+from equipoise.data import train_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -43,6 +46,28 @@ def tiny_config() -> Callable[..., MoEConfig]:
         return MoEConfig(**fields | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def documents() -> Dataset:
+    """Documents of several lengths, some longer than a window, with characters of one to four bytes."""
+    rows = []
+    for number in range(1, 7):
+        rows.append({"text": f"def f{number}(x):\n    return x + {number}\n" * number, "domain": "code"})
+        rows.append({"text": "Où est la loi numéro " + "é" * number + " ? Nul ne le sait.", "domain": "law"})
+        rows.append({"text": "数は" + "三" * (5 * number) + "である🙂", "domain": "ja"})
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(documents: Dataset) -> PreTrainedTokenizerBase:
+    return train_tokenizer(documents["text"][:], vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: PreTrainedTokenizerBase, tiny_config: Callable[..., MoEConfig]) -> MoEForCausalLM:
+    torch.manual_seed(0)
+    return MoEForCausalLM(tiny_config(vocab_size=len(tokenizer), use_qk_norm=False, num_shared_experts=0))
 
 
 def _process(rank: int, world_size: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..configuration import RunSettings
-from ..data import MicroBatchSampler
+from ..data import MicroBatchSampler, write_json, write_whole
 from ..modeling import MoEForCausalLM
 from .optimization import build_optimizer, build_schedule
 from .prepare import prepare_blocks, read_config
@@ -132,7 +132,7 @@ def train(settings: RunSettings) -> RunDirectory:
             accelerator.unwrap_model(prepared).save_pretrained(path)
             tokenizer.save_pretrained(path)
 
-        run.write_whole("model", save)
+        write_whole(run.path / "model", save)
         summary = {
             "world_size": accelerator.num_processes,
             "gradient_accumulation_steps": accumulation,
@@ -145,10 +145,12 @@ def train(settings: RunSettings) -> RunDirectory:
             "tokens_per_second": training.max_steps * tokens_per_step / seconds,
             "lm_loss_start": history[0],
             "lm_loss_end": history[-1],
+            "max_vio_batch": record.get("max_vio_batch"),
+            "max_vio_micro": record.get("max_vio_micro"),
             "device": str(accelerator.device),
             "versions": {name: version(name) for name in ("equipoise", "torch", "transformers", "accelerate")},
         }
-        run.write_json("training.json", summary)
+        write_json(run.path / "training.json", summary)
     accelerator.print(f"model, tokenizer and metrics are in {run.path}")
     accelerator.end_training()
     return run

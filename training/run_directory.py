@@ -1,9 +1,8 @@
 """The run directory: one training run is one folder that anyone can zip and understand."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ class RunDirectory:
     """Where a run keeps what it makes.
 
     ```
-    settings.yaml        every setting of the run; `scripts/train.py settings.yaml` repeats it
+    settings.yaml        every setting of the run; `scripts/train.py settings.yaml --output_dir NEW` repeats it
     tokenizer/           the tokenizer the text was cut with
     validation.parquet   the held-out documents (text, domain)
     metrics.jsonl        one line per logging step
@@ -56,28 +55,6 @@ class RunDirectory:
             self.preparation.replace(self.path)
         finally:
             shutil.rmtree(self.preparation, ignore_errors=True)
-
-    def write_whole(self, name: str, write: Callable[[Path], Any]) -> Path:
-        """Write a file or folder under a temporary name, then rename it: it is there whole, or not at all.
-
-        Args:
-            name: of the file or folder in the run directory.
-            write: called with the temporary path.
-        """
-        target, temporary = self.path / name, self.path / f".{name}.{os.getpid()}"
-        try:
-            write(temporary)
-            temporary.replace(target)
-        finally:
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            else:
-                temporary.unlink(missing_ok=True)
-        return target
-
-    def write_json(self, name: str, record: dict[str, Any]) -> Path:
-        """Write one record as a JSON file."""
-        return self.write_whole(name, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add one line of JSON to a file; a line is written in one go."""

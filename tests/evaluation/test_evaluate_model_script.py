@@ -46,7 +46,7 @@ def test_writes_what_evaluate_domains_returns(
     for domain, result in expected.items():
         assert written["domains"][domain] == pytest.approx(result, rel=1e-6)
         assert f"{domain} " in done.stdout
-    assert f"{expected['all']['bits_per_byte']:.3f}" in done.stdout
+    assert f"{expected['all']['bits_per_byte']:.4f}" in done.stdout
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 

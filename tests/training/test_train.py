@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from equipoise import MoEForCausalLM
 from equipoise.configuration import parse_run_settings
-from equipoise.training import RunDirectory, loop, train
+from equipoise.training import loop, train
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = {
@@ -192,16 +192,3 @@ def test_the_script_says_one_line_and_fails(tmp_path: Path) -> None:
     done = subprocess.run([*script, "--preset=none"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "error: preset must be a folder with a config.json; got none"
-
-
-def test_what_is_written_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-
-    def half(path: Path) -> None:
-        path.mkdir()
-        (path / "weights").write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        run.write_whole("model", half)
-    assert list(tmp_path.iterdir()) == []
