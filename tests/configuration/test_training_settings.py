@@ -8,6 +8,7 @@ import yaml
 
 from equipoise.configuration import parse_run_settings
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "data": "corpus",
     "output_dir": "run",
@@ -71,3 +72,9 @@ def test_wrong_type_in_a_file_ends_with_the_usage(
     with pytest.raises(SystemExit):
         parse_run_settings([str(tmp_path / "settings.yaml")])
     assert line.split(":")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("hub_configs/*/train.yaml")), ids=lambda file: file.parent.name)
+def test_recipes_of_presets_are_valid(file: Path) -> None:
+    model, _, _ = parse_run_settings([str(file)])
+    assert ROOT / model.preset == file.parent

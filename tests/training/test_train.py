@@ -71,16 +71,23 @@ def launch(processes: int, file: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
 
 
-@pytest.mark.processes
-def test_two_processes_train_as_one_with_twice_the_accumulation(corpus: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Number of processes -> a run; both see the same global batches in the same order."""
+    folder, runs = tmp_path_factory.mktemp("runs"), {}
     for processes in (1, 2):
-        file = tmp_path / f"{processes}.yaml"
-        values = settings(corpus, tmp_path / f"run{processes}", gradient_accumulation_steps=2 // processes)
+        file = folder / f"{processes}.yaml"
+        runs[processes] = folder / f"run{processes}"
+        values = settings(corpus, runs[processes], gradient_accumulation_steps=2 // processes)
         file.write_text(yaml.safe_dump(values))
         done = launch(processes, file)
         assert done.returncode == 0, done.stderr[-6000:]
+    return runs
 
-    one, two = tmp_path / "run1", tmp_path / "run2"
+
+@pytest.mark.processes
+def test_two_processes_train_as_one_with_twice_the_accumulation(runs: dict[int, Path]) -> None:
+    one, two = runs[1], runs[2]
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
     assert [line["step"] for line in lines[0]] == [1, 4, 8, 12]
     for first, second in zip(*lines, strict=True):
@@ -110,6 +117,33 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(corpus: Path, tm
     for name, weight in reference.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, atol=2e-2, rtol=0, msg=name)
     assert not [path for path in two.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.processes
+def test_a_run_is_evaluated_analysed_and_summarised_from_its_files(runs: dict[int, Path]) -> None:
+    run = runs[2]
+    for script, flags in (
+        ("evaluate_model", ["--model", str(run)]),
+        ("analyze", ["--run", str(run), "--permutations", "50"]),
+        ("summarize_run", [str(run)]),
+    ):
+        command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert str(run / "analysis" / "specialisation.png") in done.stdout
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["world_size"], summary["steps"], summary["tokens"]) == (2, 12, 12 * 2 * 2 * 64)
+    assert summary["lm_loss_start"] > summary["lm_loss_end"] > 0
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["seconds"])
+    assert set(summary["bits_per_byte"]) == {"code", "prose", "all"}
+    # log2(512) bits a token at chance, some 2 bytes a token: better than chance, and no better than a good model.
+    assert all(1 < bits < 6 for bits in summary["bits_per_byte"].values())
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (summary["max_vio_batch"], summary["max_vio_micro"]) == (last["max_vio_batch"], last["max_vio_micro"])
+    by_layer = ["max_vio_global", "dead_experts", "mutual_information_bits", "mutual_information_null_bits"]
+    assert {len(summary[name]) for name in by_layer} == {2}
+    assert set(summary["versions"]) == {"equipoise", "torch", "transformers", "accelerate"}
 
 
 @pytest.mark.parametrize(
