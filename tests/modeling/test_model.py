@@ -170,8 +170,9 @@ def test_left_padding_changes_nothing(tiny_config: Make) -> None:
     )
 
 
+@torch.no_grad()  # flex attention has no backward pass on CPUs
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_packed_documents_do_not_see_each_other(tiny_config: Make, attention: str, use_cache: bool) -> None:
     model = MoEForCausalLM(tiny_config()).eval()
     model.set_attn_implementation(attention)

@@ -119,6 +119,28 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(runs: dict[int, 
     assert not [path for path in two.iterdir() if path.name.startswith(".")]
 
 
+def test_bf16_and_gradient_checkpointing(corpus: Path, tmp_path: Path) -> None:
+    values = settings(
+        corpus,
+        tmp_path / "run",
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        config_overrides=ARCHITECTURE | {"balancing_mode": "global_batch", "complementary_balancing_mode": "sequence"},
+    )
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+    done = launch(1, tmp_path / "settings.yaml")
+    assert done.returncode == 0, done.stderr[-6000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["lm_loss"] < lines[0]["lm_loss"] - 0.2
+    for line in lines:
+        # Every term apart, and together what was added to the loss: 0.01 and 0.0001 are the coefficients' defaults.
+        by_hand = 0.01 * line["load_balancing_loss"] + 0.0001 * line["complementary_loss"]
+        assert line["aux_loss"] == pytest.approx(by_hand, rel=0.05)
+        assert line["load_balancing_loss"] >= 0.9
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
 @pytest.mark.processes
 def test_a_run_is_evaluated_analysed_and_summarised_from_its_files(runs: dict[int, Path]) -> None:
     run = runs[2]
