@@ -10,13 +10,13 @@ export TOKENIZERS_PARALLELISM := true
 .PHONY: help demo test check lint format types clean
 
 help:
-	@echo "make demo    train, evaluate and analyse a small MoE on this machine (about 15 minutes on 2 cores)"
+	@echo "make demo    train, evaluate and analyse a small MoE on this machine (about 10 minutes on 2 cores)"
 	@echo "make test    the tests"
 	@echo "make check   lint, format, types and the tests: what CI runs"
 	@echo "make format  rewrite the sources in the house format"
 	@echo "make clean   remove the virtual environment and caches (runs/ and corpus/ stay)"
 
-# torch comes first and pinned: an open range may pull a build with gigabytes of accelerator libraries.
+# torch comes first and alone, so that where pip finds a CPU build of the pinned version nothing else decides.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -1,12 +1,8 @@
 """The report of an analysis: the numbers as `analysis.json`, and the pictures."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
-
-import equipoise
 
 from ..data import write_json
 from .figures import load_figure, save_figure, specialisation_figure
@@ -66,11 +62,7 @@ def analyse(
         "documents": len(trace.document.unique()),
         "tokens": int(trace.num_tokens.sum()),
         "settings": {"micro_batch_size": micro_batch_size, "permutations": permutations, "seed": seed},
-        "versions": {
-            "equipoise": equipoise.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {name: version(name) for name in ("equipoise", "torch", "transformers")},
     }
 
 

@@ -12,12 +12,10 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..balancing import count_selections
-from ..data import evaluation_windows
+from ..data import evaluation_windows, padded_batches
 
 
 @dataclass(frozen=True)
@@ -72,49 +70,41 @@ def trace_routing(
     Raises:
         ValueError: `documents` hold no text, a size is too small, or the model reports no selected experts.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     windows = evaluation_windows(documents, tokenizer, block_size)
-    if len(windows) == 0:
-        raise ValueError(f"documents must hold at least one document with text; got {len(documents)} without")
     names = windows["domain"][:]
     domains = sorted(set(names))
-    document = torch.tensor(windows["document"][:])
-    input_ids = windows.select_columns(["input_ids"]).with_format("torch")
-    num_tokens = torch.tensor([len(ids) for ids in input_ids["input_ids"]])
-    order = num_tokens.argsort(descending=True, stable=True)
-    counts: list[Tensor] = []
-
+    load: Tensor | None = None
+    num_tokens = torch.zeros(len(windows), dtype=torch.int64)
     was_training = model.training
     model.eval()
     try:
-        with tqdm(total=int(num_tokens.sum()), desc="tracing", unit="token", unit_scale=True, disable=None) as bar:
-            for rows in order.split(batch_size):
-                ids = pad_sequence(input_ids[rows.tolist()]["input_ids"], batch_first=True).to(model.device)
-                real = (torch.arange(ids.shape[1]) < num_tokens[rows, None]).to(model.device)  # [B, T]
-                output = model(
-                    input_ids=ids,
-                    attention_mask=real.long(),
-                    output_router_logits=True,
-                    use_cache=False,
-                    logits_to_keep=1,  # the routing is all that is read
-                )
-                selected = getattr(output, "selected_experts", None)
-                if not selected:
-                    raise ValueError(f"model must return selected_experts; got none from {type(model).__name__}")
-                counts.append(window_load(selected, model.config.num_experts, real).int().cpu())
-                bar.update(int(num_tokens[rows].sum()))
+        for rows, batch in padded_batches(windows, batch_size, "tracing"):
+            mask = batch["attention_mask"].to(model.device)
+            output = model(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=mask,
+                output_router_logits=True,
+                use_cache=False,
+                logits_to_keep=1,  # the routing is all that is read
+            )
+            selected = getattr(output, "selected_experts", None)
+            if not selected:
+                raise ValueError(f"model must return selected_experts; got none from {type(model).__name__}")
+            counts = window_load(selected, model.config.num_experts, mask.bool()).int().cpu()
+            if load is None:
+                load = torch.zeros(len(windows), *counts.shape[1:], dtype=torch.int32)
+            load[rows] = counts
+            num_tokens[rows] = batch["attention_mask"].sum(-1)
     finally:
         model.train(was_training)
 
-    load = torch.empty_like(torch.cat(counts))
-    load[order] = torch.cat(counts)
+    assert load is not None
     index = {name: position for position, name in enumerate(domains)}
     return RoutingTrace(
         load=load,
         num_tokens=num_tokens,
         domain=torch.tensor([index[name] for name in names]),
-        document=document,
+        document=torch.tensor(windows["document"][:]),
         domains=tuple(domains),
     )
 

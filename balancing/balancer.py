@@ -5,13 +5,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..configuration.configuration_moe import BalancingMode, BiasUpdateRule, LoadEstimate, ScoringFunction
+from ..configuration.configuration_moe import BalancingMode, BiasUpdateRule, LoadEstimate, LossScope, ScoringFunction
 from .bias_updates import BIAS_UPDATE_RULES
 from .load import LoadCounts, count_load, dead_experts, load_entropy, load_fraction, max_vio
 from .losses import load_balancing_loss, mean_scores, router_z_loss, routing_scores, sequence_load_balancing_loss
@@ -85,7 +85,7 @@ class Balancer:
         load_estimate: LoadEstimate = "running",
         bias_update_rate: float = 1e-3,
         bias_update_rule: BiasUpdateRule = "sign",
-        complementary_balancing_mode: Literal["none", "micro_batch", "sequence", "global_batch"] = "none",
+        complementary_balancing_mode: LossScope = "none",
         complementary_aux_loss_coef: float = 1e-4,
         biases: Callable[[], Sequence[Tensor]] | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -94,7 +94,7 @@ class Balancer:
             ("balancing_mode", mode, get_args(BalancingMode)),
             ("load_estimate", load_estimate, get_args(LoadEstimate)),
             ("bias_update_rule", bias_update_rule, tuple(BIAS_UPDATE_RULES)),
-            ("complementary_balancing_mode", complementary_balancing_mode, get_args(BalancingMode)[:-1]),
+            ("complementary_balancing_mode", complementary_balancing_mode, get_args(LossScope)),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value}")

@@ -105,8 +105,8 @@ def count_load(
         for experts in selected_experts
     ]
     if mask is None:
-        tokens = torch.tensor(selected_experts[0].shape[0], device=device)
-        sequences = torch.tensor(batch_size, device=device)
+        tokens = torch.full((), selected_experts[0].shape[0], dtype=torch.long, device=device)
+        sequences = torch.full((), batch_size, dtype=torch.long, device=device)
     else:
         tokens, sequences = mask.sum().to(device), mask.any(dim=-1).sum().to(device)
     return LoadCounts(torch.stack(load), tokens, labels.to(device), sequences)

@@ -6,15 +6,14 @@ All of them take fp32 or fp64 and return a scalar of the same type. Masked posit
 token is left the value is 0, with gradient 0.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from ..configuration.configuration_moe import ScoringFunction
 from .load import load_fraction
 
 
-def routing_scores(router_logits: Tensor, scoring_func: Literal["softmax", "sigmoid"]) -> Tensor:
+def routing_scores(router_logits: Tensor, scoring_func: ScoringFunction) -> Tensor:
     """Scores of each token over the experts, each row summing to 1.
 
     Sigmoid scores are divided by their row's sum, as in the sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One run of each balancing mode, same data and seed: what each does to balance, specialisation and bits per byte.
-# Two processes, micro-batches of one domain each. About 8 minutes a run on 2 CPU cores.
+# Two processes, micro-batches of one domain each. About 7 minutes a run on 2 CPU cores.
 #   bash benchmarks/balancing_modes.sh CORPUS OUTPUT
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,10 +10,12 @@ run() {
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 \
         --mixed_precision no --dynamo_backend no \
         scripts/train.py hub_configs/tiny/train.yaml --data "$CORPUS" --output_dir "$OUTPUT/$1" \
-        --max_train_bytes_per_domain 1500000 --micro_batch_size 4 --gradient_accumulation_steps 4 --max_steps 500 \
+        --max_train_bytes_per_domain 1500000 --max_validation_bytes_per_domain 150000 \
+        --micro_batch_size 4 --gradient_accumulation_steps 4 --max_steps 400 \
         --config_overrides "$2"
     python scripts/evaluate_model.py --model "$OUTPUT/$1"
     python scripts/analyze.py --run "$OUTPUT/$1"
+    python scripts/summarize_run.py "$OUTPUT/$1"
 }
 
 run none "{balancing_mode: none}"

@@ -1,7 +1,14 @@
 """Settings without torch: the model's configuration and the settings of a training run."""
 
 from .configuration_moe import MoEConfig
-from .training_settings import DataSettings, ModelSettings, RunSettings, TrainingSettings, parse_run_settings
+from .training_settings import (
+    DataSettings,
+    ModelSettings,
+    RunSettings,
+    TrainingSettings,
+    parse_run_settings,
+    run_block_size,
+)
 
 __all__ = [
     "DataSettings",
@@ -10,4 +17,5 @@ __all__ = [
     "RunSettings",
     "TrainingSettings",
     "parse_run_settings",
+    "run_block_size",
 ]

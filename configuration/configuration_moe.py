@@ -4,9 +4,10 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 BalancingMode = Literal["none", "micro_batch", "sequence", "global_batch", "loss_free"]
+LossScope = Literal["none", "micro_batch", "sequence", "global_batch"]
 LoadEstimate = Literal["current", "running"]
 BiasUpdateRule = Literal["sign"]
 ScoringFunction = Literal["softmax", "sigmoid"]
@@ -65,7 +66,7 @@ class MoEConfig(PreTrainedConfig):
     """`rope_type`, `rope_theta`, `partial_rotary_factor` and the scaling's own parameters, as in Transformers."""
     rms_norm_eps: float = 1e-6
     """Added to the variance in every RMSNorm."""
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     """Standard deviation of the normal initialisation."""
     use_cache: bool = True
     """Whether the forward pass returns its key-value cache."""
@@ -93,7 +94,7 @@ class MoEConfig(PreTrainedConfig):
     """How router logits become scores: `softmax` over the experts, or `sigmoid` for each expert alone."""
     norm_topk_prob: bool = True
     """Whether the weights of the selected experts are divided by their sum."""
-    routed_scaling_factor: float = 1.0
+    routed_scaling_factor: float | int = 1.0
     """Factor on the weights of the selected experts, after the division."""
     n_group: int = 1
     """Groups the experts are divided into (group-limited routing, DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
@@ -106,22 +107,22 @@ class MoEConfig(PreTrainedConfig):
     balancing_mode: BalancingMode = "global_batch"
     """Over what the load is balanced: `none`; a loss over each `micro_batch`, each `sequence`, or the
     `global_batch` (arXiv 2501.11873); or `loss_free`, a bias on the selection (arXiv 2408.15664)."""
-    router_aux_loss_coef: float = 0.01
+    router_aux_loss_coef: float | int = 0.01
     """Coefficient of the load-balancing loss of `balancing_mode`. It means the same under any world size,
     accumulation, number of experts, of layers, and padding."""
-    router_z_loss_coef: float = 0.0
+    router_z_loss_coef: float | int = 0.0
     """Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906)."""
     load_estimate: LoadEstimate = "running"
     """Which load stands for the global batch's while it is being accumulated: `current`, the synchronised counts of
     this micro-step; `running`, those of all micro-steps since the last optimizer step (the paper's buffer)."""
-    bias_update_rate: float = 1e-3
+    bias_update_rate: float | int = 1e-3
     """How far `loss_free` moves a bias at each optimizer step, in units of the score."""
     bias_update_rule: BiasUpdateRule = "sign"
     """How `loss_free` moves the bias: `sign`, by `bias_update_rate` towards the mean load (arXiv 2408.15664)."""
-    complementary_balancing_mode: Literal["none", "micro_batch", "sequence", "global_batch"] = "none"
+    complementary_balancing_mode: LossScope = "none"
     """A second load-balancing loss beside `balancing_mode`: a little micro-batch beside the global batch, or a little
     sequence beside the bias."""
-    complementary_aux_loss_coef: float = 1e-4
+    complementary_aux_loss_coef: float | int = 1e-4
     """Coefficient of the complementary load-balancing loss."""
 
     def __post_init__(self, **kwargs):
@@ -152,7 +153,14 @@ class MoEConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
 
+    def validate_rope_type(self):
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        known = {"default", *ROPE_INIT_FUNCTIONS}
+        if rope_type not in known:
+            raise ValueError(f"rope_parameters' rope_type must be one of {', '.join(sorted(known))}; got {rope_type}")
+
     def validate_attention(self):
+        self.validate_sizes()  # validators run in no set order, and the divisions below need sizes
         assert self.num_key_value_heads is not None
         assert self.head_dim is not None
         if self.num_attention_heads % self.num_key_value_heads:
@@ -182,6 +190,7 @@ class MoEConfig(PreTrainedConfig):
             )
 
     def validate_groups(self):
+        self.validate_experts()
         if self.n_group < 1 or self.num_experts % self.n_group:
             raise ValueError(f"n_group must divide num_experts ({self.num_experts}); got {self.n_group}")
         if not 1 <= self.topk_group <= self.n_group:
@@ -205,7 +214,7 @@ class MoEConfig(PreTrainedConfig):
             "bias_update_rate",
             "complementary_aux_loss_coef",
         ):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # so that NaN is refused too
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.complementary_balancing_mode != "none" and self.complementary_balancing_mode == self.balancing_mode:
             raise ValueError(

@@ -42,7 +42,7 @@ class ModelSettings:
             raise ValueError(f"config_overrides must be a YAML mapping; got {self.config_overrides!r}") from error
         if not isinstance(overrides, dict):
             raise ValueError(f"config_overrides must be a YAML mapping; got {self.config_overrides!r}")
-        return {name: _yaml_number(value) for name, value in overrides.items()}
+        return _yaml_numbers(overrides)
 
 
 @dataclass
@@ -96,7 +96,9 @@ class TrainingSettings:
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW's, on matrices only: not on norms and biases."})
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first moment decay."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second moment decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "The gradient is scaled down to this norm."})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "The gradient is scaled down to this norm; 0 leaves it alone."}
+    )
     mixed_precision: Literal["no", "bf16"] = field(
         default="no", metadata={"help": "bf16: matrix products in bf16, weights and optimizer in fp32."}
     )
@@ -118,6 +120,9 @@ class TrainingSettings:
             "max_grad_norm",
             "seed",
         )
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps must be at most max_steps ({self.max_steps}); got {self.warmup_steps}")
 
@@ -163,11 +168,27 @@ def _read_settings_file(path: Path) -> list[str]:
     return flags
 
 
-def _yaml_number(value: Any) -> Any:
+def _yaml_numbers(value: Any) -> Any:
     """YAML 1.1 reads `1e-3`, without a point, as text; people mean a number."""
+    if isinstance(value, dict):
+        return {name: _yaml_numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_yaml_numbers(inner) for inner in value]
     if isinstance(value, str):
         try:
             return float(value)
         except ValueError:
             return value
     return value
+
+
+def run_block_size(run: Path | None) -> int:
+    """Tokens in a block of the run: the context its model was trained on, and so the one to measure it at.
+
+    Args:
+        run: a run directory with `settings.yaml`; without one, the default of `DataSettings`.
+    """
+    settings = run / "settings.yaml" if run else None
+    if settings is None or not settings.is_file():
+        return DataSettings().block_size
+    return int(yaml.safe_load(settings.read_text(encoding="utf-8"))["block_size"])

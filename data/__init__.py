@@ -4,16 +4,18 @@ from .documents import read_documents, read_held_out
 from .embedded_corpus import build_embedded_corpus
 from .files import write_json, write_whole
 from .order import MicroBatchSampler
-from .packing import pack_documents
+from .packing import IGNORE_INDEX, pack_documents
 from .tokenizer import load_tokenizer, sample_texts, train_tokenizer
-from .windows import evaluation_windows, windows
+from .windows import evaluation_windows, padded_batches, windows
 
 __all__ = [
+    "IGNORE_INDEX",
     "MicroBatchSampler",
     "build_embedded_corpus",
     "evaluation_windows",
     "load_tokenizer",
     "pack_documents",
+    "padded_batches",
     "read_documents",
     "read_held_out",
     "sample_texts",

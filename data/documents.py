@@ -8,6 +8,7 @@ import codecs
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def read_documents(
 
     Args:
         path: A folder with one sub-folder per domain (its name is the domain), or a file, a folder of
-            files or a glob whose rows name their domain in `domain_column`. Files called `train*` and
-            `validation*` are the splits, and then other files beside them are not read. A plain-text
+            files or a glob whose rows name their domain in `domain_column`. Files called `train`
+            and `validation` (`train.parquet`, `train-00000-of-00002.jsonl`), or in folders called so, are the
+            splits, and then other files beside them are not read. A plain-text
             file is one document.
         text_column: The column that holds a document's text.
         domain_column: The column that holds its domain; not looked at where folders name the domains.
@@ -163,7 +165,12 @@ def _kinds() -> str:
 
 
 def _by_split(files: list[Path]) -> dict[str, list[Path]]:
-    named = {split: [file for file in files if file.name.startswith(split)] for split in _SPLITS}
+    """The files of each split: `train*` or `train/*`, `validation*` or `validation/*`; else all are train."""
+    named: dict[str, list[Path]] = {split: [] for split in _SPLITS}
+    for file in files:
+        for split in _SPLITS:
+            if file.parent.name == split or re.fullmatch(rf"{split}([-_.].*)?", file.name):
+                named[split].append(file)
     return named if any(named.values()) else {"train": files, "validation": []}
 
 

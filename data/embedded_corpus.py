@@ -7,9 +7,7 @@ validation, write parquet and a manifest. The same installation and arguments gi
 import hashlib
 import json
 import logging
-import os
 import platform
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .cleaning import is_copy, long_lines, normalised
 from .embedded_sources import DOMAINS, Domain, Group, Installation, in_turns, seeded
+from .files import write_json, write_whole
 
 logger = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
@@ -46,8 +45,8 @@ def build_embedded_corpus(
         seed: Which files and items are taken, and which of them are held out.
 
     Returns:
-        The manifest: arguments, versions, and per domain its description, licences, sources, and each
-        split's documents, bytes and SHA-256.
+        The manifest: arguments, versions, and per domain its description, its sources (packages, with licence and
+        bytes; the `source` column names the file) and each split's documents, bytes and SHA-256.
 
     Raises:
         ValueError: `output` holds something else; a domain is unknown, or has too few bytes in train or none in
@@ -98,21 +97,19 @@ def build_embedded_corpus(
                 f"got {validation_bytes_per_domain}, too few for {domain}"
             )
 
-    # Beside the output, hence on its file system: the rename at the end cannot leave half a corpus.
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        manifest = {
-            "arguments": arguments,
-            "versions": _versions(installation, groups),
-            "skipped_not_utf8": installation.skipped_not_utf8,
-            "domains": {domain: _write(partial / domain, domain, installation, *splits[domain]) for domain in splits},
+    manifest: dict[str, Any] = {
+        "arguments": arguments,
+        "versions": _versions(installation, groups),
+        "skipped_not_utf8": installation.skipped_not_utf8,
+    }
+
+    def write(folder: Path) -> None:
+        manifest["domains"] = {
+            domain: _write(folder / domain, domain, installation, *splits[domain]) for domain in splits
         }
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(folder / _MANIFEST, manifest)
+
+    write_whole(output, write)
     return manifest
 
 
@@ -204,12 +201,11 @@ def _write(
             "bytes": _num_bytes(groups),
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
-    packages = sorted({group.package for group in train + validation})
-    return {
-        "description": DOMAINS[domain].description,
-        "licences": {package: _licence(installation, package) for package in packages},
-        **splits,
-    }
+    sources = {}
+    for package in sorted({group.package for group in train + validation}):
+        of_package = [group for group in train + validation if group.package == package]
+        sources[package] = {"licence": _licence(installation, package), "bytes": _num_bytes(of_package)}
+    return {"description": DOMAINS[domain].description, "sources": sources, **splits}
 
 
 def _licence(installation: Installation, package: str) -> str:

@@ -47,9 +47,12 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """Loads any tokenizer that `AutoTokenizer` knows.
 
     Raises:
-        ValueError: The tokenizer has no eos token, so that documents could not be told apart.
+        ValueError: There is no such tokenizer; or it has no eos token, so that documents could not be told apart.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except OSError as error:
+        raise ValueError(f"tokenizer must be the name or folder of a tokenizer; got {name_or_path}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer must have an eos token to end documents with; got none in {name_or_path}")
     return tokenizer

@@ -4,9 +4,13 @@
  -100 t1 t2 t3 |-100 t4 t5 t6 |-100 t7      labels
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from datasets import Dataset, Features, List, Value
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .packing import IGNORE_INDEX, encode, first_token_id
@@ -66,6 +70,37 @@ def evaluation_windows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, b
         ),
         desc="Cutting evaluation windows",
     )
+
+
+def padded_batches(windows: Dataset, batch_size: int, description: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Windows of like length together, so that little is padding; the longest first, so that memory only falls.
+
+    Args:
+        windows: From `evaluation_windows`.
+        batch_size: Windows in a batch, at least 1.
+        description: Stands before the progress bar, which counts tokens.
+
+    Yields:
+        The rows of the batch `[B]`, and `input_ids`, `labels` and `attention_mask` `[B, T]`, padded on the right.
+
+    Raises:
+        ValueError: `batch_size` is below 1, or there are no windows.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if len(windows) == 0:
+        raise ValueError("documents must hold at least one document with text; got none")
+    windows = windows.select_columns(["input_ids", "labels"]).with_format("torch")
+    lengths = torch.tensor([len(ids) for ids in windows["input_ids"]])
+    order = lengths.argsort(descending=True, stable=True)
+    with tqdm(total=int(lengths.sum()), desc=description, unit="token", unit_scale=True, disable=None) as progress:
+        for rows in order.split(batch_size):
+            batch = windows[rows.tolist()]
+            input_ids = pad_sequence(batch["input_ids"], batch_first=True)
+            labels = pad_sequence(batch["labels"], batch_first=True, padding_value=IGNORE_INDEX)
+            attention_mask = (torch.arange(input_ids.shape[1]) < lengths[rows, None]).long()
+            yield rows, {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+            progress.update(int(lengths[rows].sum()))
 
 
 def _window_batch(

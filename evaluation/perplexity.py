@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import evaluation_windows
+from ..data import IGNORE_INDEX, evaluation_windows, padded_batches
 
 BITS_PER_BYTE = Path(__file__).parent / "metrics" / "bits_per_byte"
 ALL = "all"
-IGNORED = -100
 
 
 def evaluate_domains(
@@ -45,11 +42,7 @@ def evaluate_domains(
         ValueError: `documents` hold no text, a domain is named "all", a size is too small, or the model's
             log-likelihoods are not finite.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     windows = evaluation_windows(documents, tokenizer, block_size)
-    if len(windows) == 0:
-        raise ValueError(f"documents must hold at least one document with text; got {len(documents)} without")
     window_domains = windows["domain"][:]
     domains = sorted(set(window_domains))
     if ALL in domains:
@@ -77,28 +70,16 @@ def window_log_likelihoods(model: PreTrainedModel, windows: Dataset, *, batch_si
     Returns:
         `nll` [W] in nats, float64, and `num_tokens` [W], int64.
     """
-    windows = windows.select_columns(["input_ids", "labels"]).with_format("torch")
-    lengths = torch.tensor([len(ids) for ids in windows["input_ids"]])
-    # Windows of like length share a batch, so little is padding; the longest come first, so memory only falls.
-    order = lengths.argsort(descending=True, stable=True)
     nll = torch.zeros(len(windows), dtype=torch.float64)
     num_tokens = torch.zeros(len(windows), dtype=torch.int64)
-
     was_training = model.training
     model.eval()
     try:
-        with tqdm(total=int(lengths.sum()), desc="evaluating", unit="token", unit_scale=True, disable=None) as bar:
-            for rows in order.split(batch_size):
-                batch = windows[rows.tolist()]
-                input_ids = pad_sequence(batch["input_ids"], batch_first=True).to(model.device)
-                labels = pad_sequence(batch["labels"], batch_first=True, padding_value=IGNORED).to(model.device)
-                real = torch.arange(input_ids.shape[1]) < lengths[rows, None]  # [B, T]
-                logits = model(
-                    input_ids=input_ids, attention_mask=real.long().to(model.device), use_cache=False
-                ).logits
-                nll[rows] = sequence_nll(logits, labels).cpu()
-                num_tokens[rows] = labels[:, 1:].ne(IGNORED).sum(-1).cpu()
-                bar.update(int(lengths[rows].sum()))
+        for rows, batch in padded_batches(windows, batch_size, "evaluating"):
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")
+            nll[rows] = sequence_nll(model(**batch, use_cache=False).logits, labels).cpu()
+            num_tokens[rows] = labels[:, 1:].ne(IGNORE_INDEX).sum(-1).cpu()
     finally:
         model.train(was_training)
     return nll, num_tokens
@@ -109,7 +90,7 @@ def sequence_nll(logits: Tensor, labels: Tensor) -> Tensor:
     # Sequence by sequence: the fp32 copy and its log-softmax are then [T, V], however large the batch.
     return torch.stack(
         [
-            F.cross_entropy(row_logits[:-1].float(), row_labels[1:], ignore_index=IGNORED, reduction="none").sum(
+            F.cross_entropy(row_logits[:-1].float(), row_labels[1:], ignore_index=IGNORE_INDEX, reduction="none").sum(
                 dtype=torch.float64
             )
             for row_logits, row_labels in zip(logits, labels, strict=True)

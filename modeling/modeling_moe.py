@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -231,9 +232,12 @@ class MoEModel(MoEPreTrainedModel):
 
     def __init__(self, config: MoEConfig):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
+        config.validate()  # fields may have been set after the configuration was made
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be an activation that Transformers knows; got {config.hidden_act}")
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        # No padding_idx: masks keep padding out, and a pad token that is also bos must learn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MoEDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Glm4MoeRotaryEmbedding(config)
@@ -255,7 +259,8 @@ class MoEModel(MoEPreTrainedModel):
     ) -> MoEModelOutput:
         """As any decoder of Transformers; with `output_routing` the output also holds the routing.
 
-        Packed documents are kept apart by `position_ids` that restart at 0, when no `attention_mask` is given.
+        Packed documents are kept apart by `position_ids` that restart at 0, when no `attention_mask` is given. (Flash
+        attention sees them so with `B = 1` only: this is Transformers' rule for every model.)
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given; got both or neither")
@@ -389,14 +394,19 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         lm_loss = None
         if num_labels is not None:
             # Divided by a count rather than averaged: a micro-batch that bears no loss has loss 0, not NaN.
-            items = num_labels.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
             lm_loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.vocab_size, num_items_in_batch=items, **kwargs
+                logits=logits,
+                labels=labels,
+                vocab_size=self.vocab_size,
+                num_items_in_batch=items.clamp(min=1),
+                **kwargs,
             )
 
         loss, balancing_loss = lm_loss, None
         if observed is not None:
-            balancing_loss = self.balancer.loss(observed, num_items_in_batch)
+            # Without labels there is no share of the labels to take: the loop takes the loss elsewhere, as a mean.
+            balancing_loss = self.balancer.loss(observed, None if num_labels is None else num_items_in_batch)
             if lm_loss is not None:
                 loss = lm_loss + balancing_loss.total.to(lm_loss.device)
         return MoECausalLMOutput(

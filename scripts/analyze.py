@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import equipoise  # noqa: F401 (registers the models with the Auto classes)
 from equipoise.analysis import LoadHistory, trace_routing, write_report
+from equipoise.configuration import run_block_size
 from equipoise.data import read_held_out
 
 
@@ -35,7 +36,9 @@ class AnalysisArguments:
     )
     output: str | None = field(default=None, metadata={"help": "The folder to write. Default: analysis/ in the run."})
     batch_size: int = field(default=16, metadata={"help": "Windows in one forward pass; does not change the result."})
-    block_size: int = field(default=512, metadata={"help": "Longest window, in tokens."})
+    block_size: int | None = field(
+        default=None, metadata={"help": "Longest window, in tokens. Default: the block size of the model's run."}
+    )
     micro_batch_size: int = field(
         default=8, metadata={"help": "Windows of one domain over which micro MaxVio is taken."}
     )
@@ -64,7 +67,7 @@ def analyze(arguments: AnalysisArguments) -> None:
         model,
         AutoTokenizer.from_pretrained(model_folder),
         read_held_out(data),
-        block_size=arguments.block_size,
+        block_size=arguments.block_size or run_block_size(Path(arguments.run) if arguments.run else None),
         batch_size=arguments.batch_size,
     )
     numbers = write_report(

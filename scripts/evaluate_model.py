@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import equipoise
+from equipoise.configuration import run_block_size
 from equipoise.data import read_held_out, write_json
 from equipoise.evaluation import evaluate_domains
 
@@ -29,7 +30,9 @@ class EvaluationArguments:
         default=None, metadata={"help": "The JSON file to write. Default: evaluation.json in the model's run."}
     )
     batch_size: int = field(default=16, metadata={"help": "Windows in one forward pass."})
-    block_size: int = field(default=512, metadata={"help": "Longest window, in tokens."})
+    block_size: int | None = field(
+        default=None, metadata={"help": "Longest window, in tokens. Default: the block size of the model's run."}
+    )
 
 
 def main() -> None:
@@ -45,19 +48,20 @@ def evaluate_model(arguments: EvaluationArguments) -> None:
     """Evaluates, prints and writes."""
     model_folder, run = find_model(Path(arguments.model))
     data, output = find_files(arguments, run)
+    block_size = arguments.block_size or run_block_size(run)
     model = AutoModelForCausalLM.from_pretrained(model_folder).to("cuda" if torch.cuda.is_available() else "cpu")
     results = evaluate_domains(
         model,
         AutoTokenizer.from_pretrained(model_folder),
         read_held_out(data),
-        block_size=arguments.block_size,
+        block_size=block_size,
         batch_size=arguments.batch_size,
     )
     print_table(results)
 
     report = {
         "domains": results,
-        "settings": {"model": str(model_folder), "data": str(data), "block_size": arguments.block_size},
+        "settings": {"model": str(model_folder), "data": str(data), "block_size": block_size},
         "versions": {"equipoise": equipoise.__version__, "torch": torch.__version__},
     }
     write_json(output, report)

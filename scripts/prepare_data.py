@@ -1,5 +1,6 @@
 """Builds the embedded corpus: python scripts/prepare_data.py --output corpus"""
 
+import sys
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
@@ -26,7 +27,10 @@ class PrepareDataArguments:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(PrepareDataArguments).parse_args_into_dataclasses()
-    manifest = build_embedded_corpus(**vars(arguments))
+    try:
+        manifest = build_embedded_corpus(**vars(arguments))
+    except (ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
     print(f"\n{'domain':<12} {'train':>9} {'documents':>10} {'validation':>11} {'documents':>10}")
     for domain, entry in manifest["domains"].items():
         train, validation = entry["train"], entry["validation"]

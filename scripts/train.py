@@ -11,7 +11,7 @@ from equipoise.training import train
 def main() -> None:
     try:
         train(parse_run_settings(sys.argv[1:]))
-    except (ValueError, StrictDataclassError) as error:
+    except (ValueError, FloatingPointError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,6 +1,11 @@
 """Shared by all rooms' tests: a tiny model, and real gloo processes."""
 
 import os
+
+# Before any import of these libraries, which read the environment once: no test asks the Hub for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.data import train_tokenizer
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

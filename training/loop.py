@@ -1,11 +1,12 @@
 """The training loop: one plain Accelerate loop, for one process or many."""
 
+import math
 import time
 from contextlib import nullcontext
 from importlib.metadata import version
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -29,7 +30,7 @@ def train(settings: RunSettings) -> RunDirectory:
 
     Raises:
         ValueError: bad settings or data; the message names the field, what it must be and what it got.
-        FloatingPointError: the loss is not a number.
+        FloatingPointError: the loss is infinite or not a number.
     """
     model_settings, data, training = settings
     config = read_config(model_settings)
@@ -37,7 +38,11 @@ def train(settings: RunSettings) -> RunDirectory:
     run = RunDirectory(training.output_dir)
 
     accumulation = training.gradient_accumulation_steps
-    accelerator = Accelerator(mixed_precision=training.mixed_precision, gradient_accumulation_steps=accumulation)
+    # A step's micro-batches are drawn together: what is left in the data loader must not end the accumulation.
+    accelerator = Accelerator(
+        mixed_precision=training.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+    )
     accelerator.wait_for_everyone()  # nobody makes the folder before everybody has found it empty
     with run.prepared(settings) if accelerator.is_main_process else nullcontext():
         blocks, tokenizer, domains = prepare_blocks(accelerator, run, config, data, training)
@@ -48,17 +53,17 @@ def train(settings: RunSettings) -> RunDirectory:
             seed=training.seed,
             micro_batch_domains=data.micro_batch_domains,
         )
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        set_seed(training.seed)
+        model = MoEForCausalLM(config)
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        optimizer = build_optimizer(model, training)
+        schedule = build_schedule(optimizer, training)
         accelerator.wait_for_everyone()  # nobody reads the preparation any more
 
-    set_seed(training.seed)
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    model = MoEForCausalLM(config)
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     balancer = model.balancer
-    optimizer = build_optimizer(model, training)
-    schedule = build_schedule(optimizer, training)
     # The schedule is not prepared: Accelerate would step it once per process.
     prepared, optimizer, batches = accelerator.prepare(model, optimizer, DataLoader(blocks, batch_sampler=sampler))
 
@@ -93,7 +98,9 @@ def train(settings: RunSettings) -> RunDirectory:
                 # micro-steps) and DDP (over processes) take, so that the shares add up.
                 accelerator.backward(outputs.loss * accumulation * accelerator.num_processes)
                 if accelerator.sync_gradients:
-                    gradient_norm = accelerator.clip_grad_norm_(prepared.parameters(), training.max_grad_norm)
+                    gradient_norm = accelerator.clip_grad_norm_(
+                        prepared.parameters(), training.max_grad_norm or math.inf
+                    )
                 optimizer.step()
                 optimizer.zero_grad()
                 metrics.add_micro_batch(outputs)
@@ -109,8 +116,10 @@ def train(settings: RunSettings) -> RunDirectory:
             logged, last_logged_step = now, step
             lm_loss = record["lm_loss"]
             assert isinstance(lm_loss, float)
-            if lm_loss != lm_loss:
-                raise FloatingPointError(f"the loss is not a number at step {step}; see {run.path / 'metrics.jsonl'}")
+            if not math.isfinite(lm_loss):
+                raise FloatingPointError(
+                    f"the loss must stay finite; got {lm_loss} by step {step}, at learning rate {learning_rate:.2g}"
+                )
             history.append(lm_loss)
             if accelerator.is_main_process:
                 position = {"step": step, "tokens": step * tokens_per_step}

@@ -28,7 +28,10 @@ def read_config(settings: ModelSettings) -> MoEConfig:
     for name in overrides:
         if name not in values:
             raise ValueError(f"config_overrides must name fields of MoEConfig; got {name}")
-    return MoEConfig.from_dict(values | overrides)
+    try:
+        return MoEConfig.from_dict(values | overrides)
+    except KeyError as error:  # Transformers' own word for a RoPE type without the parameters it needs
+        raise ValueError(f"config_overrides must give every parameter that is needed: {error.args[0]}") from error
 
 
 def prepare_blocks(

@@ -60,7 +60,7 @@ def test_save_and_load(
 def test_refuses(model: MoEForCausalLM, tokenizer: PreTrainedTokenizerBase, documents: Dataset) -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         trace_routing(model, tokenizer, documents, batch_size=0)
-    with pytest.raises(ValueError, match="documents must hold at least one document with text; got 1 without"):
+    with pytest.raises(ValueError, match="documents must hold at least one document with text; got none"):
         trace_routing(model, tokenizer, Dataset.from_list([{"text": "", "domain": "x"}]))
     stock = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(

@@ -63,7 +63,7 @@ def test_layers_are_not_pooled() -> None:
 
 
 @pytest.mark.parametrize("mode", ["micro_batch", "sequence", "global_batch"])
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [2, 4])
 def test_the_coefficient_means_the_same_under_any_accumulation(mode: str, steps: int) -> None:
     # transformers#48690: the stock loss grows with the number of accumulation steps.
     logits, experts = routing(8, 0)

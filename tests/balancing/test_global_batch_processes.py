@@ -80,6 +80,8 @@ def _train_on_a_rank(rank: int, world_size: int, configs: dict[str, MoEConfig]) 
             optimizer.step()
             optimizer.zero_grad()
             model.module.balancer.after_optimizer_step()
+            if step == 0:
+                results[f"{mode} first load"] = model.module.balancer.metrics()["load"]
         results[f"{mode} biases"] = torch.stack(model.module.selection_biases())
         results[f"{mode} load"] = model.module.balancer.metrics()["load"]
     return results
@@ -89,7 +91,6 @@ def balancing_by_hand(config: MoEConfig) -> tuple[Tensor, dict[str, Tensor], MoE
     """LBL and z-loss of the whole batch, written out from the routing alone; no Balancer in it."""
     model = build(config)
     batch = global_batch()
-    model.config.balancing_mode = "none"
     outputs = model(**batch, output_router_logits=True, use_cache=False)
     tokens = batch["attention_mask"].flatten().bool()
     total = torch.zeros(())
@@ -154,7 +155,15 @@ def test_processes_equal_one_process(
     for rank in range(1, world_size):
         assert torch.equal(biases.view(torch.int32), ranks[rank]["loss_free biases"].view(torch.int32))
 
-    # The load of the last global batch: two micro-batches of every rank, each token K times, padding never.
+    # The load of the first global batch, two micro-batches of every rank, is what one process counts, to the token.
+    for mode in ("loss_free", "micro_batch"):
+        model = build(configs[mode])
+        for seed in (0, 1):
+            model(**global_batch(seed), use_cache=False)
+        model.balancer.after_optimizer_step()
+        assert torch.equal(ranks[0][f"{mode} first load"], model.balancer.metrics()["load"])
+
+    # The load of the last one: each token K times, padding never, and the same on every rank.
     tokens = 2 * global_batch()["attention_mask"].sum().item()
     for mode in ("loss_free", "micro_batch"):
         for rank in range(world_size):

@@ -42,6 +42,11 @@ PRESETS = sorted(path.parent for path in (Path(__file__).parents[2] / "hub_confi
             ["complementary_balancing_mode must differ from balancing_mode"],
         ),
         ({"vocab_size": 0}, ["vocab_size must be at least 1; got 0"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads must be at least 1; got 0"]),
+        ({"num_key_value_heads": 0}, ["num_key_value_heads must be at least 1; got 0"]),
+        ({"num_experts": 0}, ["num_experts", "0"]),
+        ({"router_z_loss_coef": float("nan")}, ["router_z_loss_coef must be at least 0; got nan"]),
+        ({"rope_parameters": {"rope_type": "spiral"}}, ["rope_type must be one of", "yarn", "got spiral"]),
         ({"hidden_size": "wide"}, ["hidden_size", "int", "wide"]),
     ],
 )
@@ -79,6 +84,11 @@ def test_every_kind_of_rope_survives_saving(rope: dict, tmp_path: Path) -> None:
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
 
 
+def test_whole_numbers_are_numbers() -> None:
+    config = MoEConfig(router_aux_loss_coef=0, routed_scaling_factor=1, bias_update_rate=0)
+    assert config.router_aux_loss_coef == 0
+
+
 def test_transformers_names_for_the_number_of_experts() -> None:
     config = MoEConfig(num_experts=32, num_shared_experts=2)
     assert (config.num_local_experts, config.n_routed_experts, config.n_shared_experts) == (32, 32, 2)
@@ -97,9 +107,6 @@ def test_importable_with_torch_blocked() -> None:
     code = """
 import sys
 sys.modules["torch"] = None  # any import of torch raises
-import importlib.util
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
 import equipoise
 from transformers import AutoConfig
 config = AutoConfig.for_model("equipoise_moe", num_experts=4, num_experts_per_tok=2)

@@ -14,7 +14,7 @@ SETTINGS = {
     "output_dir": "run",
     "max_steps": 200,
     "learning_rate": "1e-3",  # what YAML 1.1 makes of 1e-3
-    "config_overrides": {"num_experts": 4, "router_aux_loss_coef": "1e-2"},
+    "config_overrides": {"num_experts": 4, "router_aux_loss_coef": "1e-2", "rope_parameters": {"rope_theta": "1e6"}},
     "micro_batch_domains": "single",
     "gradient_checkpointing": True,
     "tokenizer": None,
@@ -31,7 +31,8 @@ def test_flags_go_over_the_file(kind: str, tmp_path: Path) -> None:
     assert training.gradient_checkpointing is True
     assert data.micro_batch_domains == "single"
     assert data.tokenizer is None
-    assert model.overrides() == {"num_experts": 4, "router_aux_loss_coef": 0.01}
+    rope = {"rope_theta": 1_000_000}
+    assert model.overrides() == {"num_experts": 4, "router_aux_loss_coef": 0.01, "rope_parameters": rope}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,7 @@ def test_flags_go_over_the_file(kind: str, tmp_path: Path) -> None:
         (["--data=d", "--output_dir=o", "--max_steps=5", "--warmup_steps=6"], "warmup_steps must be at most"),
         (["--data=d", "--output_dir=o", "--validation_fraction=1"], "validation_fraction must be between 0 and 1"),
         (["--data=d", "--output_dir=o", "--block_size=1"], "block_size must be at least 2; got 1"),
+        (["--data=d", "--output_dir=o", "--adam_beta1=1.5"], "adam_beta1 must be at least 0 and below 1; got 1.5"),
     ],
 )
 def test_bad_settings_are_refused_by_name(flags: list[str], words: str) -> None:

@@ -209,3 +209,22 @@ def test_cap_below_every_document_is_named(mixed_file: Path) -> None:
 def test_numbers_out_of_range_are_named(mixed_file: Path, field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} must be .*; got {value}"):
         read_documents(mixed_file, **{field: value})
+
+
+def test_folders_called_train_and_validation_are_the_splits(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        for number in range(5):
+            file = tmp_path / "law" / split / f"{number}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{split} document {number}")
+    read = read_documents(tmp_path)
+    for split in ("train", "validation"):
+        assert sorted(read[split]["text"]) == [f"{split} document {number}" for number in range(5)]
+
+
+def test_a_file_whose_name_only_begins_like_a_split_is_none(tmp_path: Path) -> None:
+    (tmp_path / "law").mkdir()
+    for name in ["training_notes", *(f"article{number}" for number in range(60))]:
+        (tmp_path / "law" / f"{name}.txt").write_text(f"the text of {name}")
+    read = read_documents(tmp_path, validation_fraction=0.3)
+    assert len(read["train"]) + len(read["validation"]) == 61

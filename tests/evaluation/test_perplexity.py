@@ -94,7 +94,7 @@ def test_likelihood_of_bf16_logits_is_taken_in_fp32() -> None:
     [
         ([{"text": "a", "domain": "x"}], {"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ([{"text": "a", "domain": "x"}], {"block_size": 1}, "block_size must be at least 2.* got 1"),
-        ([{"text": "", "domain": "x"}], {}, "documents must hold at least one document with text; got 1 without"),
+        ([{"text": "", "domain": "x"}], {}, "documents must hold at least one document with text; got none"),
         ([{"text": "a", "domain": "all"}], {}, "domain must not be 'all'"),
     ],
 )

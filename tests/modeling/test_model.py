@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
@@ -211,6 +212,44 @@ def test_presets_have_the_parameters_their_sizes_say(preset: Path) -> None:
     assert model.num_parameters() == layers + embeddings + width
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_every_kind_of_rope_reaches_past_its_positions(tiny_config: Make, rope: dict) -> None:
+    plain = MoEForCausalLM(tiny_config(max_position_embeddings=16)).eval()
+    scaled = MoEForCausalLM(tiny_config(max_position_embeddings=16, rope_parameters=dict(rope))).eval()
+    scaled.load_state_dict(plain.state_dict())
+    ids = tokens(1, 24)
+    logits = scaled(ids).logits
+    assert torch.isfinite(logits).all()
+    assert not torch.allclose(logits[:, -1], plain(ids).logits[:, -1], atol=1e-4)
+
+
+def test_a_pad_token_that_is_also_bos_learns(tiny_config: Make) -> None:
+    model = MoEForCausalLM(tiny_config(pad_token_id=1, bos_token_id=1, tie_word_embeddings=False)).train()
+    assert model.model.embed_tokens.weight[1].abs().max() > 0
+    ids = tokens()
+    ids[:, 0] = 1
+    model(ids, labels=ids).loss.backward()
+    assert model.model.embed_tokens.weight.grad[1].abs().max() > 0
+
+
+def test_fields_that_were_made_impossible_later_are_refused(tiny_config: Make) -> None:
+    config = tiny_config()
+    config.num_experts_per_tok = 99
+    with pytest.raises(StrictDataclassError, match="num_experts_per_tok must be between 1 and num_experts"):
+        MoEForCausalLM(config)
+
+
 # --- Balancing in the forward pass ---
 
 
@@ -229,9 +268,10 @@ def test_loss_is_language_model_loss_plus_aux_loss(tiny_config: Make) -> None:
     terms = outputs.aux_losses
     by_hand = 0.5 * terms["load_balancing_loss"] + 0.125 * terms["complementary_loss"] + 0.25 * terms["router_z_loss"]
     torch.testing.assert_close(outputs.aux_loss.detach(), by_hand)
-    without_labels = model(ids)
+    without_labels = model(ids, num_items_in_batch=7)  # a loop that takes the labels away and its loss elsewhere
     assert without_labels.loss is None
-    assert without_labels.aux_loss is not None
+    assert without_labels.aux_loss.item() > 0
+    assert model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=0).loss.item() == 0
 
 
 @pytest.mark.parametrize("mode", ["none", "micro_batch", "sequence", "global_batch", "loss_free"])
