@@ -36,7 +36,9 @@ def test_every_domain_is_there_within_its_limits(corpus: Path) -> None:
         for row in rows(corpus, split):
             sizes[row["domain"]][split].append(len(row["text"].encode()))
     for domain, entry in manifest["domains"].items():
-        assert entry["licences"]
+        assert all(source["licence"] for source in entry["sources"].values())
+        by_source = sum(source["bytes"] for source in entry["sources"].values())
+        assert by_source == entry["train"]["bytes"] + entry["validation"]["bytes"]
         for split, most in (("train", 180_000), ("validation", 30_000)):
             assert entry[split]["bytes"] == sum(sizes[domain][split]) <= most
             assert entry[split]["documents"] == len(sizes[domain][split])
