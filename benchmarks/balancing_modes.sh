@@ -23,3 +23,4 @@ run micro_batch "{balancing_mode: micro_batch, router_aux_loss_coef: 0.01}"
 run global_batch "{balancing_mode: global_batch, router_aux_loss_coef: 0.01}"
 # The rate of the paper, 0.001, needs thousands of steps to move a bias across the scores.
 run loss_free "{balancing_mode: loss_free, scoring_func: sigmoid, bias_update_rate: 0.01}"
+python benchmarks/tabulate_modes.py "$OUTPUT" "$OUTPUT/balancing_modes.json"
