@@ -73,6 +73,21 @@ def model(tokenizer: PreTrainedTokenizerBase, tiny_config: Callable[..., MoEConf
     return MoEForCausalLM(tiny_config(vocab_size=len(tokenizer), use_qk_norm=False, num_shared_experts=0))
 
 
+@pytest.fixture(scope="module")
+def saved_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    model: MoEForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Dataset,
+) -> Path:
+    """What of a run directory evaluation and analysis read: the model, its tokenizer, held-out documents."""
+    folder = tmp_path_factory.mktemp("run")
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    documents.to_parquet(folder / "validation.parquet")
+    return folder
+
+
 def _process(rank: int, world_size: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)

@@ -17,20 +17,11 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "analyze.py"
 
 
 @pytest.fixture(scope="module")
-def run(
-    tmp_path_factory: pytest.TempPathFactory,
-    model: MoEForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Dataset,
-) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    documents.to_parquet(folder / "validation.parquet")
-    load, metrics = folder / "load.jsonl", folder / "metrics.jsonl"
+def run(saved_run: Path) -> Path:
+    load, metrics = saved_run / "load.jsonl", saved_run / "metrics.jsonl"
     load.write_text("".join(f'{{"step": {n}, "load": {[[n, 9, 8, 7, 6, 5, 4, 0]] * 2}}}\n' for n in range(5)))
     metrics.write_text("".join(f'{{"step": {n}, "max_vio_micro": [1.0, {n}]}}\n' for n in range(5)))
-    return folder
+    return saved_run
 
 
 def test_analyses_a_run(

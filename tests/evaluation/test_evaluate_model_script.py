@@ -16,25 +16,11 @@ from equipoise.evaluation import evaluate_domains
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_model.py"
 
 
-@pytest.fixture(scope="module")
-def run(
-    tmp_path_factory: pytest.TempPathFactory,
-    model: MoEForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Dataset,
-) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    documents.to_parquet(folder / "validation.parquet")
-    return folder
-
-
 def test_writes_what_evaluate_domains_returns(
-    run: Path, model: MoEForCausalLM, tokenizer: PreTrainedTokenizerBase, documents: Dataset, tmp_path: Path
+    saved_run: Path, model: MoEForCausalLM, tokenizer: PreTrainedTokenizerBase, documents: Dataset, tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--model", str(run), "--block_size", "24"],
+        [sys.executable, str(SCRIPT), "--model", str(saved_run), "--block_size", "24"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -42,12 +28,12 @@ def test_writes_what_evaluate_domains_returns(
     )
     assert done.returncode == 0, done.stderr
     expected = evaluate_domains(model, tokenizer, documents, block_size=24)
-    written = json.loads((run / "evaluation.json").read_text())
+    written = json.loads((saved_run / "evaluation.json").read_text())
     for domain, result in expected.items():
         assert written["domains"][domain] == pytest.approx(result, rel=1e-6)
         assert f"{domain} " in done.stdout
     assert f"{expected['all']['bits_per_byte']:.4f}" in done.stdout
-    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in saved_run.iterdir() if path.name.startswith(".")] == []
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: object) -> str:
@@ -58,7 +44,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *argum
 
 
 def test_says_what_is_missing(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    saved_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert "--model" in fails(monkeypatch, capsys)
     missing = fails(monkeypatch, capsys, "--model", tmp_path)
@@ -67,7 +53,7 @@ def test_says_what_is_missing(
     )
     alone = tmp_path / "elsewhere" / "weights"
     alone.parent.mkdir()
-    alone.symlink_to(run / "model")
+    alone.symlink_to(saved_run / "model")
     assert "--data must be given" in fails(monkeypatch, capsys, "--model", alone)
-    data = run / "validation.parquet"
+    data = saved_run / "validation.parquet"
     assert "--output must be given" in fails(monkeypatch, capsys, "--model", alone, "--data", data)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from equipoise import MoEConfig, MoEForCausalLM
-from equipoise.balancing import load_balancing_loss, load_fraction, mean_scores, routing_scores
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from equipoise import MoEConfig, MoEForCausalLM
+from equipoise.balancing import load_balancing_loss, load_fraction, mean_scores, routing_scores
 
 STEPS, ACCUMULATION, SEQUENCES = 3, 2, 2
 COEFFICIENT, LEARNING_RATE = 0.5, 0.1
