@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := true
 .PHONY: help demo test check lint format types clean
 
 help:
-	@echo "make demo    train, evaluate and analyse a small MoE on this machine (about 10 minutes on 2 cores)"
+	@echo "make demo    train, evaluate and analyse a small MoE on this machine (about 8 minutes on 2 cores)"
 	@echo "make test    the tests"
 	@echo "make check   lint, format, types and the tests: what CI runs"
 	@echo "make format  rewrite the sources in the house format"
