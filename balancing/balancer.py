@@ -61,7 +61,8 @@ class Balancer:
         router_aux_loss_coef: coefficient of the mode's load-balancing loss.
         router_z_loss_coef: coefficient of the router z-loss, in any mode.
         load_estimate: the load that `global_batch` uses while the batch is being accumulated: `current` (this
-            micro-step over all ranks) or `running` (all micro-steps so far, the paper's buffer).
+            micro-step over all ranks), `running` (all micro-steps so far, the paper's buffer) or `completed` (these,
+            and the previous batch's load for the part not yet seen).
         bias_update_rate: `u` of `loss_free`, in units of the score.
         bias_update_rule: a key of `BIAS_UPDATE_RULES`.
         complementary_balancing_mode: a second loss beside the mode's, or `none`.
@@ -196,10 +197,12 @@ class Balancer:
         token_share = loop * counts.tokens.to(dtype) / step.tokens.clamp(min=1).to(dtype)
         sequence_share = loop * counts.sequences.to(dtype) / step.sequences.clamp(min=1).to(dtype)
 
-        loads = {
-            "micro_batch": counts.load,
-            "global_batch": running.load if self.load_estimate == "running" else step.load,
+        global_loads = {
+            "current": lambda: step.load,
+            "running": lambda: running.load,
+            "completed": self.synchronizer.completed_load,
         }
+        loads = {"micro_batch": counts.load, "global_batch": global_loads[self.load_estimate]()}
         terms: dict[str, Tensor] = {}
         for name, scope, coefficient in self.scoped_losses():
             term = self._mean_over_layers(observed, scope, loads.get(scope))
@@ -242,11 +245,10 @@ class Balancer:
         """
         if self._unsynchronised is not None:
             self.synchronizer.wait(self.synchronizer.start(self._unsynchronised))
-        counts = self.synchronizer.running
+        counts = self.synchronizer.close(skipped=skipped)
         max_vio_micro = torch.as_tensor(self._max_vio_micro) / max(self._micro_batches, 1)
         self._max_vio_micro, self._micro_batches, self._unsynchronised = 0.0, 0, None
-        self.synchronizer.reset()
-        if skipped or counts is None:
+        if counts is None:
             return
         if self.mode == "loss_free" and self.bias_update_rate > 0:
             assert self._biases is not None
@@ -276,15 +278,21 @@ class Balancer:
         return self._metrics | derived
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts of a global batch under way; the biases are the model's and are saved with it."""
-        running = self.synchronizer.running
-        return {
-            "running": None if running is None else running.pack(),
-            "unsynchronised": None if self._unsynchronised is None else self._unsynchronised.pack(),
+        """Counts of the global batch under way and of the previous one, packed; the biases are the model's and are
+        saved with it."""
+        counts = {
+            "running": self.synchronizer.running,
+            "previous": self.synchronizer.previous,
+            "unsynchronised": self._unsynchronised,
         }
+        return {name: None if value is None else value.pack() for name, value in counts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        running, unsynchronised = state["running"], state["unsynchronised"]
-        self.synchronizer.running = None if running is None else LoadCounts.unpack(running, self.num_experts)
-        self._unsynchronised = None if unsynchronised is None else LoadCounts.unpack(unsynchronised, self.num_experts)
+        counts = {
+            name: None if packed is None else LoadCounts.unpack(packed, self.num_experts)
+            for name, packed in state.items()
+        }
+        self.synchronizer.running = counts["running"]
+        self.synchronizer.previous = counts["previous"]
+        self._unsynchronised = counts["unsynchronised"]

@@ -37,7 +37,9 @@ class LoadCountSynchronizer:
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self.process_group = process_group
         self.running: LoadCounts | None = None
-        """Counts over all ranks since the last `reset`, or `None` when nothing was counted."""
+        """Counts over all ranks since the last optimizer step, or `None` when nothing was counted."""
+        self.previous: LoadCounts | None = None
+        """Counts of the last whole global batch, or `None` before the first."""
 
     @property
     def world_size(self) -> int:
@@ -60,6 +62,30 @@ class LoadCountSynchronizer:
         self.running = counts if self.running is None else self.running + counts
         return counts
 
-    def reset(self) -> None:
-        """Forget what was accumulated: an optimizer step has been made, or skipped."""
-        self.running = None
+    def completed_load(self) -> Tensor:
+        """`running`, with the previous global batch's load for the part of this one not yet seen.
+
+        `C + max(0, 1 - T / T_previous) * C_previous`, with `C` and `T` the selections and tokens so far. Where
+        micro-batches differ from one another, the first ones then meet the load of all of them, not their own alone.
+
+        Returns:
+            Selections `[L, E]`, float64; those of `running` before the first global batch is whole.
+        """
+        assert self.running is not None
+        load = self.running.load.double()
+        if self.previous is None:
+            return load
+        unseen = (1 - self.running.tokens / self.previous.tokens.clamp(min=1).double()).clamp(min=0)
+        return load + unseen * self.previous.load
+
+    def close(self, *, skipped: bool = False) -> LoadCounts | None:
+        """End the global batch: an optimizer step has been made, or `skipped`.
+
+        Returns:
+            The counts of the global batch, which become `previous`; `None` if it was skipped or held nothing.
+        """
+        counts, self.running = self.running, None
+        if skipped or counts is None:
+            return None
+        self.previous = counts
+        return counts

@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 BalancingMode = Literal["none", "micro_batch", "sequence", "global_batch", "loss_free"]
 LossScope = Literal["none", "micro_batch", "sequence", "global_batch"]
-LoadEstimate = Literal["current", "running"]
+LoadEstimate = Literal["current", "running", "completed"]
 BiasUpdateRule = Literal["sign"]
 ScoringFunction = Literal["softmax", "sigmoid"]
 
@@ -114,7 +114,8 @@ class MoEConfig(PreTrainedConfig):
     """Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906)."""
     load_estimate: LoadEstimate = "running"
     """Which load stands for the global batch's while it is being accumulated: `current`, the synchronised counts of
-    this micro-step; `running`, those of all micro-steps since the last optimizer step (the paper's buffer)."""
+    this micro-step; `running`, those of all micro-steps since the last optimizer step (the paper's buffer);
+    `completed`, these and the previous global batch's load for the part not yet seen."""
     bias_update_rate: float | int = 1e-3
     """How far `loss_free` moves a bias at each optimizer step, in units of the score."""
     bias_update_rule: BiasUpdateRule = "sign"

@@ -52,6 +52,38 @@ def test_current_estimate_sees_one_micro_step() -> None:
         torch.testing.assert_close(term, expected.detach())
 
 
+def test_completed_estimate_is_the_written_formula() -> None:
+    balancer = Balancer("global_batch", num_experts=E, load_estimate="completed")
+    previous, seed = None, 0
+    for sizes in ([4, 10, 6], [8, 2, 6], [9, 9, 9]):  # a smaller batch than the one before, then a larger one
+        load, seen = torch.zeros(L, E, dtype=torch.double), 0
+        for size in sizes:
+            logits, experts = routing(size, seed)
+            load, seen, seed = load + torch.stack([counted(layer) for layer in experts]), seen + size, seed + 1
+            term = balancer.loss(balancer.observe(logits, experts, batch_size=1)).terms["load_balancing_loss"]
+            unseen = 0.0 if previous is None else max(0.0, 1 - seen / previous[1])
+            completed = load if previous is None else load + unseen * previous[0]
+            expected = sum(lbl(logits[layer], completed[layer]) for layer in range(L)) / L
+            torch.testing.assert_close(term, expected.detach())
+        balancer.after_optimizer_step()
+        previous = (load, seen)
+
+
+def test_completed_estimate_forgets_a_skipped_batch_and_survives_saving() -> None:
+    balancer, resumed = (Balancer("global_batch", num_experts=E, load_estimate="completed") for _ in range(2))
+    for seed, skipped in ((0, False), (1, True)):
+        logits, experts = routing(6, seed)
+        balancer.loss(balancer.observe(logits, experts, batch_size=1))
+        balancer.after_optimizer_step(skipped=skipped)
+    first = torch.stack([counted(layer) for layer in routing(6, 0)[1]])
+    resumed.load_state_dict(balancer.state_dict())
+    logits, experts = routing(3, 2)
+    for candidate in (balancer, resumed):
+        candidate.loss(candidate.observe(logits, experts, batch_size=1))
+        expected = torch.stack([counted(layer) for layer in experts]) + 0.5 * first
+        torch.testing.assert_close(candidate.synchronizer.completed_load(), expected.double())
+
+
 def test_layers_are_not_pooled() -> None:
     # transformers#28255: four layers, each collapsed onto another expert, look balanced when pooled.
     layers = 4
@@ -153,7 +185,7 @@ def test_state_of_a_batch_under_way_survives() -> None:
     ("arguments", "words"),
     [
         ({"mode": "global"}, "balancing_mode must be one of none, micro_batch"),
-        ({"load_estimate": "future"}, "load_estimate must be one of current, running; got future"),
+        ({"load_estimate": "future"}, "load_estimate must be one of current, running, completed; got future"),
         ({"bias_update_rule": "nudge"}, "bias_update_rule must be one of sign; got nudge"),
         ({"complementary_balancing_mode": "loss_free"}, "complementary_balancing_mode must be one of"),
         ({"mode": "loss_free"}, "needs biases"),
