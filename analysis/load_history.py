@@ -55,5 +55,7 @@ def _by_step(file: Path, name: str) -> dict[int, list]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{file.name} must hold one JSON object a line; got {line!r} on line {number}") from error
         if name in record:
+            if "step" not in record:
+                raise ValueError(f"{file.name} must name the step of each line; got {line!r} on line {number}")
             values[record["step"]] = record[name]
     return values

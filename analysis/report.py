@@ -12,9 +12,17 @@ from .specialisation import Specialisation, load_by_domain, measure_balance, mea
 
 
 def analyse(
-    trace: RoutingTrace, *, micro_batch_size: int = 8, permutations: int = 1000, seed: int = 0
+    trace: RoutingTrace,
+    *,
+    block_size: int | None = None,
+    micro_batch_size: int = 8,
+    permutations: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """All numbers of a trace, named, as plain lists and floats.
+
+    Args:
+        block_size: the longest window that the trace was cut with, to be written down.
 
     Returns:
         `layers`, one entry per MoE layer: `mutual_information_bits` (between domain and expert, all domains weighing
@@ -61,7 +69,12 @@ def analyse(
         "windows": len(trace.load),
         "documents": len(trace.document.unique()),
         "tokens": int(trace.num_tokens.sum()),
-        "settings": {"micro_batch_size": micro_batch_size, "permutations": permutations, "seed": seed},
+        "settings": {
+            "block_size": block_size,
+            "micro_batch_size": micro_batch_size,
+            "permutations": permutations,
+            "seed": seed,
+        },
         "versions": {name: version(name) for name in ("equipoise", "torch", "transformers")},
     }
 
@@ -71,6 +84,7 @@ def write_report(
     trace: RoutingTrace,
     history: LoadHistory | None = None,
     *,
+    block_size: int | None = None,
     micro_batch_size: int = 8,
     permutations: int = 1000,
     seed: int = 0,
@@ -83,7 +97,9 @@ def write_report(
         What `analysis.json` holds; see `analyse`.
     """
     directory = Path(directory)
-    numbers = analyse(trace, micro_batch_size=micro_batch_size, permutations=permutations, seed=seed)
+    numbers = analyse(
+        trace, block_size=block_size, micro_batch_size=micro_batch_size, permutations=permutations, seed=seed
+    )
     titles = [
         f"layer {layer['layer']}\n{layer['mutual_information_bits']:.3f} bits"
         f" (chance {layer['null_mean_bits']:.3f}, p {layer['p_value']:.3f})"

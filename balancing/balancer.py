@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..configuration.configuration_moe import BalancingMode, BiasUpdateRule, LoadEstimate, LossScope, ScoringFunction
+from ..configuration import BalancingMode, BiasUpdateRule, LoadEstimate, LossScope, ScoringFunction
 from .bias_updates import BIAS_UPDATE_RULES
 from .load import LoadCounts, count_load, dead_experts, load_entropy, load_fraction, max_vio
 from .losses import load_balancing_loss, mean_scores, router_z_loss, routing_scores, sequence_load_balancing_loss
@@ -52,7 +52,7 @@ class Balancer:
 
     **Scale.** A coefficient means the same under any accumulation, world size, `K`, `E`, `L` and padding: the terms
     of micro-batch `m` are weighted by `T_m / T`, its share of the global batch's tokens (the sequence loss by its
-    share of the sequences), in the convention of the loop that calls. See `loss`.
+    share of the sequences), in the convention of the loop that calls. `loss` says where that is exact.
 
     Args:
         mode: `none`; `micro_batch`, `sequence` or `global_batch` (a loss over that scope); `loss_free` (a bias).
@@ -72,7 +72,7 @@ class Balancer:
         process_group: the data-parallel group; `None` is the default group.
 
     Raises:
-        ValueError: a mode or rule that does not exist, or `loss_free` without `biases`.
+        ValueError: a mode, estimate, rule or complementary mode that does not exist, or `loss_free` without `biases`.
     """
 
     def __init__(
@@ -171,8 +171,8 @@ class Balancer:
           (`transformers.Trainer`, and `equipoise.training`) passes it: the share is
           `(T_m / T_sync) * (labels_sync / num_items_in_batch)`.
 
-        Both are exact for one micro-step, and for several wherever tokens per label agree between them. The sequence
-        loss counts sequences in the place of tokens.
+        Both are exact for one micro-step. For several, the first is where they hold equally many tokens, the second
+        where they hold equally many tokens per label. The sequence loss counts sequences in the place of tokens.
 
         Args:
             observed: from `observe`.
@@ -278,8 +278,8 @@ class Balancer:
         return self._metrics | derived
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts of the global batch under way and of the previous one, packed; the biases are the model's and are
-        saved with it."""
+        """Counts of the global batch under way and of the previous one, packed. The biases are the model's and are
+        saved with it; `max_vio_micro` begins anew."""
         counts = {
             "running": self.synchronizer.running,
             "previous": self.synchronizer.previous,

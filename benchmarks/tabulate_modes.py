@@ -5,6 +5,7 @@ python benchmarks/tabulate_modes.py OUTPUT benchmarks/results/balancing_modes.js
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
@@ -19,7 +20,9 @@ def main() -> None:
         sys.exit(f"usage: {Path(sys.argv[0]).name} RUNS RESULT.json")
     runs = {mode: json.loads((Path(sys.argv[1]) / mode / "summary.json").read_text()) for mode in MODES}
     command = "bash benchmarks/balancing_modes.sh CORPUS OUTPUT"
-    write_json(sys.argv[2], {"command": command, "device": f"{os.cpu_count()} CPU cores", "runs": runs})
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    device = f"{os.cpu_count()} CPU cores"
+    write_json(sys.argv[2], {"command": command, "commit": commit, "device": device, "runs": runs})
     print("| " + " | ".join(["", *MODES]) + " |\n|" + " --- |" * (len(MODES) + 1))
     rows = {
         "bits per byte, all domains": lambda run: f"{run['bits_per_byte']['all']:.3f}",

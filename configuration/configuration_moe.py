@@ -1,5 +1,6 @@
 """MoEConfig: the architecture and the balancing of a Mixture-of-Experts language model."""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -64,7 +65,7 @@ class MoEConfig(PreTrainedConfig):
     """Longest sequence the model is meant for; RoPE scaling starts from it."""
     rope_parameters: RopeParameters | dict | None = None
     """`rope_type`, `rope_theta`, `partial_rotary_factor` and the scaling's own parameters, as in Transformers."""
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float | int = 1e-6
     """Added to the variance in every RMSNorm."""
     initializer_range: float | int = 0.02
     """Standard deviation of the normal initialisation."""
@@ -93,7 +94,8 @@ class MoEConfig(PreTrainedConfig):
     scoring_func: ScoringFunction = "softmax"
     """How router logits become scores: `softmax` over the experts, or `sigmoid` for each expert alone."""
     norm_topk_prob: bool = True
-    """Whether the weights of the selected experts are divided by their sum."""
+    """Whether the weights of the selected experts are divided by their sum. With one expert per token that makes every
+    weight 1, and the language-model loss no longer reaches the router."""
     routed_scaling_factor: float | int = 1.0
     """Factor on the weights of the selected experts, after the division."""
     n_group: int = 1
@@ -151,8 +153,18 @@ class MoEConfig(PreTrainedConfig):
             "num_experts",
             "moe_intermediate_size",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is None or value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+
+    def validate_scales(self):
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite; got {getattr(self, name)}")
+        if not 0 < self.routed_scaling_factor < math.inf:
+            raise ValueError(f"routed_scaling_factor must be above 0 and finite; got {self.routed_scaling_factor}")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must be at least 0 and below 1; got {self.attention_dropout}")
 
     def validate_rope_type(self):
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
@@ -169,7 +181,10 @@ class MoEConfig(PreTrainedConfig):
                 f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}); "
                 f"got {self.num_key_value_heads}"
             )
-        rotary_dim = int(self.head_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+        rotary_share = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        if not isinstance(rotary_share, float | int) or not 0 < rotary_share <= 1:
+            raise ValueError(f"partial_rotary_factor must be above 0 and at most 1; got {rotary_share}")
+        rotary_dim = int(self.head_dim * rotary_share)
         if rotary_dim < 2 or rotary_dim % 2:
             raise ValueError(
                 f"head_dim times partial_rotary_factor must be even and at least 2; "
@@ -191,7 +206,6 @@ class MoEConfig(PreTrainedConfig):
             )
 
     def validate_groups(self):
-        self.validate_experts()
         if self.n_group < 1 or self.num_experts % self.n_group:
             raise ValueError(f"n_group must divide num_experts ({self.num_experts}); got {self.n_group}")
         if not 1 <= self.topk_group <= self.n_group:
@@ -215,8 +229,8 @@ class MoEConfig(PreTrainedConfig):
             "bias_update_rate",
             "complementary_aux_loss_coef",
         ):
-            if not getattr(self, name) >= 0:  # so that NaN is refused too
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:  # so that NaN is refused too
+                raise ValueError(f"{name} must be at least 0 and finite; got {getattr(self, name)}")
         if self.complementary_balancing_mode != "none" and self.complementary_balancing_mode == self.balancing_mode:
             raise ValueError(
                 f"complementary_balancing_mode must differ from balancing_mode ({self.balancing_mode}); "

@@ -92,7 +92,9 @@ class TrainingSettings:
     min_learning_rate_ratio: float = field(
         default=0.1, metadata={"help": "Where the cosine ends, as a share of the peak."}
     )
-    warmup_steps: int = field(default=50, metadata={"help": "Steps over which the learning rate rises from 0."})
+    warmup_steps: int = field(
+        default=50, metadata={"help": "Steps over which the learning rate rises; the first is made at 0."}
+    )
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW's, on matrices only: not on norms and biases."})
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first moment decay."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second moment decay."})
@@ -155,7 +157,10 @@ def _read_settings_file(path: Path) -> list[str]:
     """A settings file as flags, so that its values are converted and checked like those of the command line."""
     if not path.is_file():
         raise ValueError(f"the settings file must exist; got {path}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"the settings file must be YAML or JSON; got {path}: {error}") from error
     if not isinstance(values, Mapping):
         raise ValueError(f"the settings file must hold a mapping of names to values; got {path}")
     known = {setting.name for group in (ModelSettings, DataSettings, TrainingSettings) for setting in fields(group)}
@@ -182,13 +187,13 @@ def _yaml_numbers(value: Any) -> Any:
     return value
 
 
-def run_block_size(run: Path | None) -> int:
-    """Tokens in a block of the run: the context its model was trained on, and so the one to measure it at.
+def trained_block_size(model: Path) -> int:
+    """Tokens in a block of the run that a model comes from: the context it was trained, and is to be measured at.
 
     Args:
-        run: a run directory with `settings.yaml`; without one, the default of `DataSettings`.
+        model: a model's folder; in a run directory, `settings.yaml` lies beside it. Else `DataSettings`' default.
     """
-    settings = run / "settings.yaml" if run else None
-    if settings is None or not settings.is_file():
+    settings = model.absolute().parent / "settings.yaml"
+    if not settings.is_file():
         return DataSettings().block_size
     return int(yaml.safe_load(settings.read_text(encoding="utf-8"))["block_size"])

@@ -6,7 +6,7 @@ from .files import write_json, write_whole
 from .order import MicroBatchSampler
 from .packing import IGNORE_INDEX, pack_documents
 from .tokenizer import load_tokenizer, sample_texts, train_tokenizer
-from .windows import evaluation_windows, padded_batches, windows
+from .windows import evaluation_windows, padded_batches
 
 __all__ = [
     "IGNORE_INDEX",
@@ -20,7 +20,6 @@ __all__ = [
     "read_held_out",
     "sample_texts",
     "train_tokenizer",
-    "windows",
     "write_json",
     "write_whole",
 ]

@@ -35,7 +35,8 @@ def read_documents(
 
     Args:
         path: A folder with one sub-folder per domain (its name is the domain), or a file, a folder of
-            files or a glob whose rows name their domain in `domain_column`. Files called `train`
+            files (or of sub-folders `train` and `validation`) or a glob whose rows name their domain in
+            `domain_column`. Files called `train`
             and `validation` (`train.parquet`, `train-00000-of-00002.jsonl`), or in folders called so, are the
             splits, and then other files beside them are not read. A plain-text
             file is one document.
@@ -136,6 +137,8 @@ def _find_files(path: str | Path) -> dict[str | None, list[Path]]:
             )
         if files:
             return {None: files}
+        if {entry.name for entry in subfolders} & set(_SPLITS):  # the splits as folders, not domains
+            return {None: _known(folder.rglob("*"))}
         found: dict[str | None, list[Path]] = {entry.name: _known(entry.rglob("*")) for entry in subfolders}
         for domain, files in found.items():
             if not files:
@@ -280,8 +283,8 @@ def _hashes(documents: Dataset, seed: int) -> dict[str, np.ndarray]:
         features=Features({"key": Value("int64"), "num_bytes": Value("int64")}),
         desc="Hashing documents",
     )
-    table = hashed.data.table if hashed._indices is None else hashed.flatten_indices().data.table
-    return {name: table.column(name).to_numpy() for name in ("key", "num_bytes")}
+    arrays = hashed.with_format("numpy")
+    return {name: np.asarray(arrays[name][:]) for name in ("key", "num_bytes")}
 
 
 def _take_up_to(candidates: np.ndarray, hashes: dict[str, np.ndarray], cap: int | None) -> np.ndarray:

@@ -234,6 +234,7 @@ def _generated(names: list[str]) -> Callable[[Installation, int], dict[str, Iter
     return sources
 
 
+# Legal English is no domain: the licence texts of an installation hold 0.3 MB of distinct paragraphs.
 DOMAINS: dict[str, Domain] = {
     "python": Domain("Python source of the standard library and of installed packages", _python),
     "cpp": Domain("C++ and CUDA headers that installed packages ship, most of them PyTorch's", _cpp),

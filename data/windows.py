@@ -2,6 +2,8 @@
 
 [bos] t1 t2 t3 | t3 t4 t5 t6 | t6 t7        block_size 4
  -100 t1 t2 t3 |-100 t4 t5 t6 |-100 t7      labels
+
+Shapes: B windows, T positions.
 """
 
 from collections.abc import Iterator, Sequence

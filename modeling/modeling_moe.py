@@ -179,7 +179,8 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
 
     Args:
         loss: `lm_loss`, plus `aux_loss` in training; returned with labels.
-        lm_loss: the language-model loss alone, in nats per token.
+        lm_loss: the language-model loss alone, detached: in nats per token, or with `num_items_in_batch` this
+            micro-batch's share of it.
         aux_loss: in training, what balancing adds to the loss: terms times coefficients and shares.
         aux_losses: in training, each balancing term without coefficient, detached: `load_balancing_loss` (1 when
             balanced), `complementary_loss`, `router_z_loss`; those that act.
@@ -206,7 +207,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _can_compile_fullgraph = True  # in evaluation: in training the Balancer's counting breaks the graph
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(MoERouter, index=0),
         "hidden_states": MoEDecoderLayer,
@@ -257,7 +258,8 @@ class MoEModel(MoEPreTrainedModel):
         output_routing: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoEModelOutput:
-        """As any decoder of Transformers; with `output_routing` the output also holds the routing.
+        """As any decoder of Transformers: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]`, `position_ids`
+        `[B, T]`, a 2-D or 4-D `attention_mask`. With `output_routing` the output also holds the routing.
 
         Packed documents are kept apart by `position_ids` that restart at 0, when no `attention_mask` is given. (Flash
         attention sees them so with `B = 1` only: this is Transformers' rule for every model.)
@@ -360,6 +362,13 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             output_router_logits: return `router_logits` and `selected_experts`.
             num_items_in_batch: positions that bear loss in the whole global batch. Given, the losses are sums over it,
                 to be added over ranks and accumulation steps; otherwise means (see `Balancer.loss`).
+
+        Returns:
+            `logits` `[B, T, V]`, and the rest of `MoECausalLMOutput`.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given; in training, `attention_mask` has
+                neither 2 nor 4 dimensions.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import equipoise  # noqa: F401 (registers the models with the Auto classes)
 from equipoise.analysis import LoadHistory, trace_routing, write_report
-from equipoise.configuration import run_block_size
-from equipoise.data import read_held_out
+from equipoise.configuration import trained_block_size
+from equipoise.data import read_held_out, write_whole
 
 
 @dataclass
@@ -30,14 +30,15 @@ class AnalysisArguments:
     data: str | None = field(
         default=None,
         metadata={
-            "help": "Held-out documents: a file called validation.parquet, or any text data, of which the validation "
+            "help": "Held-out documents: a file called validation.parquet, or data to train on, of which the held-out "
             "split is taken. Default: validation.parquet of the run."
         },
     )
     output: str | None = field(default=None, metadata={"help": "The folder to write. Default: analysis/ in the run."})
     batch_size: int = field(default=16, metadata={"help": "Windows in one forward pass; does not change the result."})
     block_size: int | None = field(
-        default=None, metadata={"help": "Longest window, in tokens. Default: the block size of the model's run."}
+        default=None,
+        metadata={"help": "Longest window, in tokens. Default: the block size of the model's run, or 512."},
     )
     micro_batch_size: int = field(
         default=8, metadata={"help": "Windows of one domain over which micro MaxVio is taken."}
@@ -59,6 +60,7 @@ def main() -> None:
 def analyze(arguments: AnalysisArguments) -> None:
     """Traces, writes the report and prints its table."""
     model_folder, data, output = find_files(arguments)
+    block_size = trained_block_size(model_folder) if arguments.block_size is None else arguments.block_size
     history = None
     if arguments.run and (Path(arguments.run) / "load.jsonl").is_file():
         history = LoadHistory.from_run(arguments.run)
@@ -67,19 +69,20 @@ def analyze(arguments: AnalysisArguments) -> None:
         model,
         AutoTokenizer.from_pretrained(model_folder),
         read_held_out(data),
-        block_size=arguments.block_size or run_block_size(Path(arguments.run) if arguments.run else None),
+        block_size=block_size,
         batch_size=arguments.batch_size,
     )
     numbers = write_report(
         output,
         trace,
         history,
+        block_size=block_size,
         micro_batch_size=arguments.micro_batch_size,
         permutations=arguments.permutations,
         seed=arguments.seed,
     )
     if arguments.save_trace:
-        trace.save(output / "trace.safetensors")
+        write_whole(output / "trace.safetensors", trace.save)
     print_table(numbers)
     print(f"\nspecialisation by domain: {output / 'specialisation.png'}")
     if history is not None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import equipoise
-from equipoise.configuration import run_block_size
+from equipoise.configuration import trained_block_size
 from equipoise.data import read_held_out, write_json
 from equipoise.evaluation import evaluate_domains
 
@@ -22,7 +22,7 @@ class EvaluationArguments:
     data: str | None = field(
         default=None,
         metadata={
-            "help": "Held-out documents: a file called validation.parquet, or any text data, of which the validation "
+            "help": "Held-out documents: a file called validation.parquet, or data to train on, of which the held-out "
             "split is taken. Default: validation.parquet of the model's run."
         },
     )
@@ -31,7 +31,8 @@ class EvaluationArguments:
     )
     batch_size: int = field(default=16, metadata={"help": "Windows in one forward pass."})
     block_size: int | None = field(
-        default=None, metadata={"help": "Longest window, in tokens. Default: the block size of the model's run."}
+        default=None,
+        metadata={"help": "Longest window, in tokens. Default: the block size of the model's run, or 512."},
     )
 
 
@@ -48,7 +49,7 @@ def evaluate_model(arguments: EvaluationArguments) -> None:
     """Evaluates, prints and writes."""
     model_folder, run = find_model(Path(arguments.model))
     data, output = find_files(arguments, run)
-    block_size = arguments.block_size or run_block_size(run)
+    block_size = trained_block_size(model_folder) if arguments.block_size is None else arguments.block_size
     model = AutoModelForCausalLM.from_pretrained(model_folder).to("cuda" if torch.cuda.is_available() else "cpu")
     results = evaluate_domains(
         model,

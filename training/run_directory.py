@@ -26,6 +26,8 @@ class RunDirectory:
     model/               weights, configuration and tokenizer, for `from_pretrained`
     ```
 
+    Evaluation adds `evaluation.json`, analysis the folder `analysis/`, and the summary of all three `summary.json`.
+
     Args:
         path: the folder.
 

@@ -1,4 +1,7 @@
-"""What the steps since the last logging step came to, summed on the device and read once."""
+"""What the steps since the last logging step came to, summed on the device and read once.
+
+`L` MoE layers, `E` experts.
+"""
 
 import torch
 from accelerate import Accelerator

@@ -50,7 +50,7 @@ def test_analyses_a_run(
     ]  # fmt: skip
     numbers = json.loads((run / "analysis" / "analysis.json").read_text())
     trace = trace_routing(model, tokenizer, documents, block_size=24)
-    assert numbers == json.loads(json.dumps(analyse(trace, permutations=200)))
+    assert numbers == json.loads(json.dumps(analyse(trace, block_size=24, permutations=200)))
     assert RoutingTrace.load_file(run / "analysis" / "trace.safetensors").load.equal(trace.load)
     for layer in numbers["layers"]:
         assert f"{layer['mutual_information_bits']:.3f}" in done.stdout

@@ -36,7 +36,7 @@ PRESETS = sorted(path.parent for path in (Path(__file__).parents[2] / "hub_confi
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, ["num_key_value_heads must divide", "(6)", "got 4"]),
         ({"head_dim": 7}, ["head_dim", "even", "7"]),
         ({"first_k_dense_replace": 13}, ["first_k_dense_replace", "(12)", "got 13"]),
-        ({"router_aux_loss_coef": -0.1}, ["router_aux_loss_coef must be at least 0; got -0.1"]),
+        ({"router_aux_loss_coef": -0.1}, ["router_aux_loss_coef must be at least 0 and finite; got -0.1"]),
         (
             {"balancing_mode": "sequence", "complementary_balancing_mode": "sequence"},
             ["complementary_balancing_mode must differ from balancing_mode"],
@@ -45,7 +45,12 @@ PRESETS = sorted(path.parent for path in (Path(__file__).parents[2] / "hub_confi
         ({"num_attention_heads": 0}, ["num_attention_heads must be at least 1; got 0"]),
         ({"num_key_value_heads": 0}, ["num_key_value_heads must be at least 1; got 0"]),
         ({"num_experts": 0}, ["num_experts", "0"]),
-        ({"router_z_loss_coef": float("nan")}, ["router_z_loss_coef must be at least 0; got nan"]),
+        ({"attention_dropout": 1.5}, ["attention_dropout must be at least 0 and below 1; got 1.5"]),
+        ({"initializer_range": -1}, ["initializer_range must be at least 0 and finite; got -1"]),
+        ({"routed_scaling_factor": float("nan")}, ["routed_scaling_factor must be above 0 and finite; got nan"]),
+        ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor must be above 0 and at most 1; got 1.5"]),
+        ({"partial_rotary_factor": "x"}, ["partial_rotary_factor must be above 0 and at most 1; got x"]),
+        ({"router_z_loss_coef": float("nan")}, ["router_z_loss_coef must be at least 0 and finite; got nan"]),
         ({"rope_parameters": {"rope_type": "spiral"}}, ["rope_type must be one of", "yarn", "got spiral"]),
         ({"hidden_size": "wide"}, ["hidden_size", "int", "wide"]),
     ],
@@ -84,9 +89,20 @@ def test_every_kind_of_rope_survives_saving(rope: dict, tmp_path: Path) -> None:
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
 
 
-def test_whole_numbers_are_numbers() -> None:
-    config = MoEConfig(router_aux_loss_coef=0, routed_scaling_factor=1, bias_update_rate=0)
-    assert config.router_aux_loss_coef == 0
+@pytest.mark.parametrize(
+    "name",
+    [name for name, value in MoEConfig().to_dict().items() if isinstance(value, float)],
+)
+def test_whole_numbers_are_numbers(name: str) -> None:
+    value = 1 if name == "routed_scaling_factor" else 0
+    assert getattr(MoEConfig(**{name: value}), name) == value
+
+
+def test_a_size_taken_away_later_is_named() -> None:
+    config = MoEConfig()
+    config.num_key_value_heads = None
+    with pytest.raises(StrictDataclassError, match="num_key_value_heads must be at least 1; got None"):
+        config.validate()
 
 
 def test_transformers_names_for_the_number_of_experts() -> None:

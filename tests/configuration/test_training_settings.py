@@ -66,6 +66,12 @@ def test_unknown_setting_in_a_file(tmp_path: Path) -> None:
         parse_run_settings([str(tmp_path / "settings.yaml")])
 
 
+def test_a_file_that_is_not_yaml(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("data: [1\n")
+    with pytest.raises(ValueError, match=r"the settings file must be YAML or JSON; got .*settings\.yaml"):
+        parse_run_settings([str(tmp_path / "settings.yaml")])
+
+
 @pytest.mark.parametrize("line", ["max_steps: many", "micro_batch_domains: sorted", "max_steps: 10.5"])
 def test_wrong_type_in_a_file_ends_with_the_usage(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -228,3 +228,14 @@ def test_a_file_whose_name_only_begins_like_a_split_is_none(tmp_path: Path) -> N
         (tmp_path / "law" / f"{name}.txt").write_text(f"the text of {name}")
     read = read_documents(tmp_path, validation_fraction=0.3)
     assert len(read["train"]) + len(read["validation"]) == 61
+
+
+def test_folders_of_splits_with_a_domain_column(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        lines = [json.dumps({"text": f"{split} {domain} {n}", "domain": domain}) for domain in "ab" for n in range(3)]
+        (tmp_path / split / "part-0.jsonl").write_text("\n".join(lines))
+    read = read_documents(tmp_path)
+    for split in ("train", "validation"):
+        expected = sorted((f"{split} {domain} {n}", domain) for domain in "ab" for n in range(3))
+        assert sorted(zip(read[split]["text"], read[split]["domain"], strict=True)) == expected

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from equipoise.data import evaluation_windows, train_tokenizer, windows
+from equipoise.data import evaluation_windows, train_tokenizer
+from equipoise.data.windows import windows
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,14 @@ def test_every_step_is_one_optimizer_step(corpus: Path, tmp_path: Path, monkeypa
     assert len(steps) == 3
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(corpus: Path, tmp_path: Path) -> None:
+    values = settings(corpus, tmp_path / "run", learning_rate=1e30, max_grad_norm=0, logging_steps=1)
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(FloatingPointError, match=r"the loss must stay finite; got (nan|inf) by step"):
+        train(parse_run_settings([str(tmp_path / "settings.yaml")]))
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_an_activation_that_does_not_exist_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
     values = settings(corpus, tmp_path / "run")
     values["config_overrides"] |= {"hidden_act": "silou"}
@@ -185,6 +193,8 @@ def test_a_run_is_evaluated_analysed_and_summarised_from_its_files(runs: dict[in
     assert (summary["max_vio_batch"], summary["max_vio_micro"]) == (last["max_vio_batch"], last["max_vio_micro"])
     by_layer = ["max_vio_global", "dead_experts", "mutual_information_bits", "mutual_information_null_bits"]
     assert {len(summary[name]) for name in by_layer} == {2}
+    for name in ("evaluation.json", "analysis/analysis.json"):  # measured at the context it was trained at
+        assert json.loads((run / name).read_text())["settings"]["block_size"] == 64
     assert set(summary["versions"]) == {"equipoise", "torch", "transformers", "accelerate"}
 
 
