@@ -185,9 +185,6 @@ class Balancer:
         if observed.pending is None:
             return BalancingLoss(total, {})
         step = self.synchronizer.wait(observed.pending)
-        running = self.synchronizer.running
-        assert running is not None
-
         counts = observed.counts
         if num_items_in_batch is None:
             loop: Tensor | float = float(self.synchronizer.world_size)
@@ -197,15 +194,9 @@ class Balancer:
         token_share = loop * counts.tokens.to(dtype) / step.tokens.clamp(min=1).to(dtype)
         sequence_share = loop * counts.sequences.to(dtype) / step.sequences.clamp(min=1).to(dtype)
 
-        global_loads = {
-            "current": lambda: step.load,
-            "running": lambda: running.load,
-            "completed": self.synchronizer.completed_load,
-        }
-        loads = {"micro_batch": counts.load, "global_batch": global_loads[self.load_estimate]()}
         terms: dict[str, Tensor] = {}
         for name, scope, coefficient in self.scoped_losses():
-            term = self._mean_over_layers(observed, scope, loads.get(scope))
+            term = self._mean_over_layers(observed, self._load_of(scope, counts, step))
             total = total + coefficient * (sequence_share if scope == "sequence" else token_share) * term
             terms[name] = term.detach()
         if self.router_z_loss_coef > 0:
@@ -216,9 +207,29 @@ class Balancer:
             terms["router_z_loss"] = term.detach()
         return BalancingLoss(total, terms)
 
-    def _mean_over_layers(self, observed: Observation, scope: str, load: Tensor | None) -> Tensor:
-        """One scope's load-balancing loss, each layer by itself and then averaged: never pooled over layers, where
-        layers that collapse onto different experts would balance each other."""
+    def _load_of(self, scope: str, counts: LoadCounts, step: LoadCounts) -> Tensor | None:
+        """The load `[L, E]` of a scope; `None` for `sequence`, where each sequence has its own.
+
+        Args:
+            scope: `micro_batch`, `sequence` or `global_batch`.
+            counts: of this rank's micro-batch.
+            step: of the micro-step, over all ranks.
+        """
+        if scope == "sequence":
+            return None
+        if scope == "micro_batch":
+            return counts.load
+        if self.load_estimate == "current":
+            return step.load
+        if self.load_estimate == "completed":
+            return self.synchronizer.completed_load()
+        assert self.synchronizer.running is not None
+        return self.synchronizer.running.load
+
+    def _mean_over_layers(self, observed: Observation, load: Tensor | None) -> Tensor:
+        """The load-balancing loss against `load`, or of each sequence without one; each layer by itself and then
+        averaged: never pooled over layers, where layers that collapse onto different experts would balance each
+        other."""
         losses = []
         for layer, (logits, experts) in enumerate(zip(observed.router_logits, observed.selected_experts, strict=True)):
             mask = None if observed.mask is None else observed.mask.to(logits.device)

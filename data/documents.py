@@ -98,7 +98,7 @@ def read_documents(
     kept = {split: hashes[split]["num_bytes"] > 0 for split in _SPLITS}
     kept["train"] &= ~np.isin(hashes["train"]["key"], hashes["validation"]["key"])
 
-    domains = {split: np.asarray(splits[split].with_format("numpy")["domain"][:], dtype=object) for split in _SPLITS}
+    domains = {split: document_domains(splits[split]) for split in _SPLITS}
     names: list[str] = sorted({*domain_files, *domains["train"], *domains["validation"]} - {None})
     if not names:
         raise ValueError(f"path must hold at least one document with text; got none in {path}")
@@ -114,6 +114,11 @@ def read_documents(
     return DatasetDict(
         {split: documents.select(np.sort(np.concatenate(chosen[split]))) for split, documents in splits.items()}
     )
+
+
+def document_domains(documents: Dataset) -> np.ndarray:
+    """The domain of each document, as an object array that can be compared and indexed."""
+    return np.asarray(documents.with_format("numpy")["domain"][:], dtype=object)
 
 
 def read_held_out(path: str | Path) -> Dataset:

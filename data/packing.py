@@ -13,6 +13,8 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from .documents import document_domains
+
 # The loss leaves out labels of this value (torch.nn.functional.cross_entropy's default).
 IGNORE_INDEX = -100
 
@@ -50,7 +52,7 @@ def pack_documents(
         raise ValueError(f"block_size must be at least 2, for a token to be predicted from another; got {block_size}")
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an eos token to end documents with; got one without")
-    names = np.asarray(documents.with_format("numpy")["domain"][:], dtype=object)
+    names = document_domains(documents)
     unknown = sorted(set(names) - set(domains))
     if unknown:
         raise ValueError(f"domains must name the domain of every document; got {domains}, without {unknown}")

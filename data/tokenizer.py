@@ -8,6 +8,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .documents import document_domains
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -66,7 +68,7 @@ def sample_texts(documents: Dataset, max_bytes: int = 20_000_000, *, seed: int =
         max_bytes: Never more than this. A domain with less than its share gives all it has.
         seed: Which documents are taken; the same seed gives the same texts in the same order.
     """
-    names = np.asarray(documents.with_format("numpy")["domain"][:], dtype=object)
+    names = document_domains(documents)
     domains = sorted(set(names))
     for number, domain in enumerate(domains):
         left = max_bytes // len(domains)

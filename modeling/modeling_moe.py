@@ -69,6 +69,7 @@ class MoEAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
+        """`[B, T, D]` -> `[B, T, D]`, and the attention weights `[B, heads, T, S]` where the interface gives them."""
         input_shape = hidden_states.shape[:-1]
         heads = (*input_shape, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
@@ -263,6 +264,9 @@ class MoEModel(MoEPreTrainedModel):
 
         Packed documents are kept apart by `position_ids` that restart at 0, when no `attention_mask` is given. (Flash
         attention sees them so with `B = 1` only: this is Transformers' rule for every model.)
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given; got both or neither")
