@@ -1,35 +1,56 @@
 """Balancing the load of the experts: tensors in, tensors out; knows no model and no training loop."""
 
 from .balancer import Balancer, BalancingLoss, Observation
-from .bias_updates import BIAS_UPDATE_RULES
-from .load import (
-    LoadCounts,
-    count_load,
-    count_selections,
-    dead_experts,
-    load_entropy,
-    load_fraction,
-    max_vio,
-    token_mask,
+from .bias_updates import (
+    BiasUpdate,
+    CentredSignUpdate,
+    ProportionalUpdate,
+    SignUpdate,
+    TanhMomentumUpdate,
 )
-from .losses import load_balancing_loss, mean_scores, router_z_loss, routing_scores, sequence_load_balancing_loss
+from .imbalance import (
+    dead_experts,
+    expert_gradient_norms,
+    expert_parallel_slowdown,
+    load_cv,
+    load_entropy,
+    max_vio,
+)
+from .load import LoadCounts, count_selections, load_fraction, token_mask
+from .losses import (
+    load_balancing_loss,
+    mean_scores,
+    router_scores,
+    router_z_loss,
+    routing_scores,
+    sequence_load_balancing_loss,
+)
+from .quantile import QuantileUpdate
 from .synchronizer import LoadCountSynchronizer
 
 __all__ = [
-    "BIAS_UPDATE_RULES",
     "Balancer",
     "BalancingLoss",
+    "BiasUpdate",
+    "CentredSignUpdate",
     "LoadCountSynchronizer",
     "LoadCounts",
     "Observation",
-    "count_load",
+    "ProportionalUpdate",
+    "QuantileUpdate",
+    "SignUpdate",
+    "TanhMomentumUpdate",
     "count_selections",
     "dead_experts",
+    "expert_gradient_norms",
+    "expert_parallel_slowdown",
     "load_balancing_loss",
+    "load_cv",
     "load_entropy",
     "load_fraction",
     "max_vio",
     "mean_scores",
+    "router_scores",
     "router_z_loss",
     "routing_scores",
     "sequence_load_balancing_loss",

@@ -3,18 +3,34 @@
 `B` sequences, `T` positions, `N = B*T` tokens, `L` MoE layers, `E` experts, `K` experts per token, `R` ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..configuration import BalancingMode, BiasUpdateRule, LoadEstimate, LossScope, ScoringFunction
-from .bias_updates import BIAS_UPDATE_RULES
-from .load import LoadCounts, count_load, dead_experts, load_entropy, load_fraction, max_vio
-from .losses import load_balancing_loss, mean_scores, router_z_loss, routing_scores, sequence_load_balancing_loss
+from ..configuration import BalancingMode, BalancingSettings, ScoringFunction
+from .bias_updates import (
+    BiasUpdate,
+    CentredSignUpdate,
+    ProportionalUpdate,
+    SignUpdate,
+    TanhMomentumUpdate,
+)
+from .imbalance import dead_experts, expert_parallel_slowdown, load_cv, load_entropy, max_vio
+from .load import LoadCounts, count_selections, load_fraction, to_fixed_point
+from .losses import (
+    load_balancing_loss,
+    mean_scores,
+    router_scores,
+    router_z_loss,
+    routing_scores,
+    sequence_load_balancing_loss,
+)
+from .quantile import QuantileUpdate
 from .synchronizer import LoadCountSynchronizer, PendingCounts
 
 
@@ -22,10 +38,16 @@ from .synchronizer import LoadCountSynchronizer, PendingCounts
 class Observation:
     """The routing of one micro-batch, between `Balancer.observe` and `Balancer.loss`."""
 
-    router_logits: Sequence[Tensor]
-    selected_experts: Sequence[Tensor]
-    mask: Tensor | None
-    batch_size: int
+    router_logits: Tensor
+    """`[L, N, E]`, with gradient where the router is trained."""
+    selected_experts: Tensor
+    """int64 `[L, N, K]`."""
+    scores: Tensor
+    """`[L, N, E]`, each row summing to 1."""
+    mean_score: Tensor
+    """`P`, `[L, E]`."""
+    mask: Tensor
+    """Boolean `[B, T]`."""
     counts: LoadCounts
     """This rank's own counts."""
     pending: PendingCounts | None
@@ -55,77 +77,121 @@ class Balancer:
     share of the sequences), in the convention of the loop that calls. `loss` says where that is exact.
 
     Args:
-        mode: `none`; `micro_batch`, `sequence` or `global_batch` (a loss over that scope); `loss_free` (a bias).
+        balancing_mode: `none`; `micro_batch`, `sequence` or `global_batch` (a loss over that scope); `loss_free` (a
+            bias).
         num_experts: `E`.
         scoring_func: the router's own, `softmax` or `sigmoid`.
-        router_aux_loss_coef: coefficient of the mode's load-balancing loss.
-        router_z_loss_coef: coefficient of the router z-loss, in any mode.
-        load_estimate: the load that `global_batch` uses while the batch is being accumulated: `current` (this
-            micro-step over all ranks), `running` (all micro-steps so far, the paper's buffer) or `completed` (these,
-            and the previous batch's load for the part not yet seen).
-        bias_update_rate: `u` of `loss_free`, in units of the score.
-        bias_update_rule: a key of `BIAS_UPDATE_RULES`.
-        complementary_balancing_mode: a second loss beside the mode's, or `none`.
-        complementary_aux_loss_coef: its coefficient.
-        biases: returns the routers' selection biases, fp32 `[E]` each, in layer order. Asked anew at each update:
-            moving a module to another device replaces its buffers.
+        biases: returns the routers' selection biases, fp32 `[E]` each, in layer order. Asked anew each time: moving a
+            module to another device replaces its buffers.
+        trained: returns whether each layer's router is being trained, in layer order. A frozen router gets no
+            balancing gradient and its bias does not move. `None`: all are.
         process_group: the data-parallel group; `None` is the default group.
+        expert_parallel_sizes: sizes of simulated expert-parallel groups, each a divisor of `E`, whose slowdown
+            `metrics` then gives.
+        **settings: the other fields of `BalancingSettings`.
 
     Raises:
-        ValueError: a mode, estimate, rule or complementary mode that does not exist, or `loss_free` without `biases`.
+        ValueError: a setting that cannot be, or `loss_free` without `biases`.
     """
 
     def __init__(
         self,
-        mode: BalancingMode = "global_batch",
+        balancing_mode: BalancingMode = "global_batch",
         *,
         num_experts: int,
         scoring_func: ScoringFunction = "softmax",
-        router_aux_loss_coef: float = 0.01,
-        router_z_loss_coef: float = 0.0,
-        load_estimate: LoadEstimate = "running",
-        bias_update_rate: float = 1e-3,
-        bias_update_rule: BiasUpdateRule = "sign",
-        complementary_balancing_mode: LossScope = "none",
-        complementary_aux_loss_coef: float = 1e-4,
         biases: Callable[[], Sequence[Tensor]] | None = None,
+        trained: Callable[[], Sequence[bool]] | None = None,
         process_group: dist.ProcessGroup | None = None,
+        expert_parallel_sizes: Sequence[int] = (),
+        **settings: Any,
     ) -> None:
-        for name, value, known in (
-            ("balancing_mode", mode, get_args(BalancingMode)),
-            ("load_estimate", load_estimate, get_args(LoadEstimate)),
-            ("bias_update_rule", bias_update_rule, tuple(BIAS_UPDATE_RULES)),
-            ("complementary_balancing_mode", complementary_balancing_mode, get_args(LossScope)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value}")
-        if mode == "loss_free" and biases is None:
+        self._initial_settings = BalancingSettings(balancing_mode=balancing_mode, **settings)
+        self.settings = self._initial_settings.at(steps=0, tokens=0)
+        """The settings now in force; `balancing_schedule` changes them at the end of a step."""
+        modes = [change.get("balancing_mode") for change in self._initial_settings.balancing_schedule or []]
+        if "loss_free" in [balancing_mode, *modes] and biases is None:
             raise ValueError("balancing_mode loss_free needs biases to update; got none")
-        self.mode = mode
         self.num_experts = num_experts
         self.scoring_func = scoring_func
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.router_z_loss_coef = router_z_loss_coef
-        self.load_estimate = load_estimate
-        self.bias_update_rate = bias_update_rate
-        self.bias_update_rule = bias_update_rule
-        self.complementary_balancing_mode = complementary_balancing_mode
-        self.complementary_aux_loss_coef = complementary_aux_loss_coef
+        self.expert_parallel_sizes = expert_parallel_sizes
         self.synchronizer = LoadCountSynchronizer(process_group)
+        self.in_prepass = False
+        """Whether forward passes are being counted for `load_estimate: exact`, and nothing else."""
+        self.steps = 0
+        """Optimizer steps made."""
         self._biases = biases
+        self._trained = trained
+        self._bias_update = self._make_bias_update()
+        self._whole: LoadCounts | None = None
+        """Counts of the whole global batch under way, from the pre-pass."""
         self._unsynchronised: LoadCounts | None = None
         """This rank's counts since the last optimizer step, where no loss needs the others' before it."""
-        self._max_vio_micro: Tensor | float = 0.0
-        self._micro_batches = 0
-        self._metrics: dict[str, Tensor] = {}
+        self._tokens: Tensor | None = None
+        """Tokens routed in all optimizer steps made."""
+        self._max_vio_trend: dict[str, Tensor] = {}
+
+    def _make_bias_update(self) -> BiasUpdate:
+        settings = self._initial_settings
+        match settings.bias_update_rule:
+            case "sign":
+                return SignUpdate()
+            case "centred_sign":
+                return CentredSignUpdate()
+            case "proportional":
+                return ProportionalUpdate()
+            case "tanh_momentum":
+                return TanhMomentumUpdate(settings.bias_update_kappa, settings.bias_update_momentum)
+            case "quantile":
+                return QuantileUpdate()
+
+    @property
+    def bias_update_rate(self) -> float:
+        """The rate of the next bias update: the setting, or the rule's own, decayed by the steps made."""
+        rate = self.settings.bias_update_rate
+        rate = self._bias_update.default_rate if rate is None else rate
+        return rate * self.settings.bias_update_rate_decay**self.steps
 
     def scoped_losses(self) -> list[tuple[str, str, float]]:
         """The load-balancing losses that act: (name of the term, scope, coefficient)."""
+        now = self.settings
         losses = [
-            ("load_balancing_loss", self.mode, self.router_aux_loss_coef),
-            ("complementary_loss", self.complementary_balancing_mode, self.complementary_aux_loss_coef),
+            ("load_balancing_loss", str(now.balancing_mode), now.router_aux_loss_coef),
+            ("complementary_loss", str(now.complementary_balancing_mode), now.complementary_aux_loss_coef),
         ]
         return [loss for loss in losses if loss[1] not in ("none", "loss_free") and loss[2] > 0]
+
+    def _moves_biases(self) -> bool:
+        return self.settings.balancing_mode == "loss_free" and self.bias_update_rate > 0
+
+    def _has_loss(self) -> bool:
+        return bool(self.scoped_losses()) or self.settings.router_z_loss_coef > 0
+
+    @contextmanager
+    def prepass(self) -> Iterator[None]:
+        """Count the load of the whole global batch before any of it is trained on, for `load_estimate: exact`.
+
+        Inside, put each of this rank's micro-batches of the coming optimizer step through the model, once and in
+        training mode; gradients are off, nothing else is counted and nothing added to a loss. At the end the counts
+        are summed over the ranks, so every rank must leave the block, having put in at least one micro-batch. It costs a
+        second forward pass: for study, and for tests. Dropout draws anew, so with dropout it is not exact.
+
+        Raises:
+            RuntimeError: inside another pre-pass, or no micro-batch was put in.
+        """
+        if self.in_prepass:
+            raise RuntimeError("prepass must not be inside another prepass")
+        self._whole, self.in_prepass = None, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.in_prepass = False
+        if self._whole is None:
+            raise RuntimeError("prepass must see at least one micro-batch of the model in training; got none")
+        counts = self._whole
+        (packed,) = self.synchronizer.sum_over_ranks(counts.pack())
+        self._whole = LoadCounts.unpack(packed, *counts.load.shape)
 
     @torch.compiler.disable
     def observe(
@@ -143,21 +209,55 @@ class Balancer:
             router_logits: one `[N, E]` per MoE layer, with gradient.
             selected_experts: one int64 `[N, K]` per MoE layer.
             batch_size: `B`.
-            mask: boolean `[B, T]`, true for tokens; `None` counts every position.
+            mask: boolean `[B, T]`, true for the positions to count; `None` counts every position.
             num_labels: how many positions of the micro-batch bear loss.
         """
         device = selected_experts[0].device
+        trained = [True] * len(router_logits) if self._trained is None else self._trained()
+        logits = torch.stack(
+            [
+                (layer if learns else layer.detach()).to(device)
+                for layer, learns in zip(router_logits, trained, strict=True)
+            ]
+        )
+        experts = torch.stack([layer.to(device) for layer in selected_experts])
+        if mask is None:
+            mask = torch.ones(batch_size, experts.shape[1] // batch_size, dtype=torch.bool, device=device)
+        mask = mask.to(device)
+        tokens = mask.reshape(-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._has_loss()):
+            scores = routing_scores(logits, self.scoring_func)
+            mean_score = mean_scores(scores, tokens)
         with torch.no_grad():
-            labels = torch.as_tensor(num_labels, dtype=torch.long, device=device)
-            counts = count_load(selected_experts, self.num_experts, mask, batch_size, labels)
-            self._max_vio_micro = self._max_vio_micro + max_vio(counts.load)
-            self._micro_batches += 1
-        pending = None
-        if self.scoped_losses() or self.router_z_loss_coef > 0:
-            pending = self.synchronizer.start(counts)
+            counts = self._count(experts, mean_score, mask, num_labels)
+        observation = Observation(logits, experts, scores, mean_score, mask, counts, pending=None)
+        if self.in_prepass:
+            self._whole = counts if self._whole is None else self._whole + counts
+            return observation
+        if self._moves_biases():
+            assert self._biases is not None
+            with torch.no_grad():
+                biases = torch.stack([bias.to(device) for bias in self._biases()])
+                self._bias_update.observe(router_scores(logits, self.scoring_func), biases, experts.shape[-1], tokens)
+        if self._has_loss() and self.settings.load_estimate != "exact":
+            observation.pending = self.synchronizer.start(counts)
         else:
             self._unsynchronised = counts if self._unsynchronised is None else self._unsynchronised + counts
-        return Observation(router_logits, selected_experts, mask, batch_size, counts, pending)
+        return observation
+
+    def _count(self, experts: Tensor, mean_score: Tensor, mask: Tensor, num_labels: Tensor | int) -> LoadCounts:
+        tokens = mask.sum()
+        load = count_selections(experts, self.num_experts, mask.reshape(-1))
+        slowdowns = [expert_parallel_slowdown(load, size) for size in self.expert_parallel_sizes]
+        return LoadCounts(
+            load=load,
+            score_sum=to_fixed_point(mean_score.double() * tokens),
+            uneven=to_fixed_point(torch.stack([max_vio(load), *slowdowns], dim=-1)),
+            tokens=tokens,
+            labels=torch.as_tensor(num_labels, dtype=torch.long, device=mask.device),
+            sequences=mask.any(dim=-1).sum(),
+            micro_batches=torch.ones_like(tokens),
+        )
 
     @torch.compiler.disable
     def loss(self, observed: Observation, num_items_in_batch: Tensor | int | None = None) -> BalancingLoss:
@@ -172,138 +272,215 @@ class Balancer:
           `(T_m / T_sync) * (labels_sync / num_items_in_batch)`.
 
         Both are exact for one micro-step. For several, the first is where they hold equally many tokens, the second
-        where they hold equally many tokens per label. The sequence loss counts sequences in the place of tokens.
+        where they hold equally many tokens per label. With `load_estimate: exact` the pre-pass has counted the `M`
+        micro-batches and `T` tokens of all ranks, and the shares `M * T_m / T` and `T_m / T` are exact always. The
+        sequence loss counts sequences in the place of tokens.
 
         Args:
             observed: from `observe`.
             num_items_in_batch: positions that bear loss in the whole global batch.
+
+        Raises:
+            RuntimeError: `load_estimate` is `exact` and no pre-pass has counted this global batch.
         """
         logits = observed.router_logits
-        like = logits[0]
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        total = like.new_zeros((), dtype=dtype)
-        if observed.pending is None:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        total = logits.new_zeros((), dtype=dtype)
+        if self.in_prepass or not self._has_loss():
             return BalancingLoss(total, {})
-        step = self.synchronizer.wait(observed.pending)
         counts = observed.counts
-        if num_items_in_batch is None:
-            loop: Tensor | float = float(self.synchronizer.world_size)
+        if observed.pending is None:
+            if self._whole is None:
+                raise RuntimeError("load_estimate exact needs each global batch to go through Balancer.prepass first")
+            step = self._whole
+            loop = step.micro_batches.to(dtype) if num_items_in_batch is None else torch.ones_like(total)
         else:
-            items = torch.as_tensor(num_items_in_batch, device=like.device).clamp(min=1)
-            loop = step.labels.to(dtype) / items.to(dtype)
+            step = self.synchronizer.wait(observed.pending)
+            if num_items_in_batch is None:
+                loop = torch.full_like(total, self.synchronizer.world_size)
+            else:
+                items = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
+                loop = step.labels.to(dtype) / items.to(dtype)
         token_share = loop * counts.tokens.to(dtype) / step.tokens.clamp(min=1).to(dtype)
         sequence_share = loop * counts.sequences.to(dtype) / step.sequences.clamp(min=1).to(dtype)
 
+        # Each layer has a loss of its own: pooled, layers that collapse onto different experts would look balanced.
         terms: dict[str, Tensor] = {}
         for name, scope, coefficient in self.scoped_losses():
-            term = self._mean_over_layers(observed, self._load_of(scope, counts, step))
+            if scope == "sequence":
+                layers = sequence_load_balancing_loss(observed.scores, observed.selected_experts, observed.mask)
+            else:
+                load = counts.load if scope == "micro_batch" else self._global_load(step)
+                layers = load_balancing_loss(load_fraction(load, dtype), observed.mean_score)
+            term = layers.mean()
             total = total + coefficient * (sequence_share if scope == "sequence" else token_share) * term
             terms[name] = term.detach()
-        if self.router_z_loss_coef > 0:
-            flat = None if observed.mask is None else observed.mask.reshape(-1)
-            z_losses = [router_z_loss(layer, None if flat is None else flat.to(layer.device)) for layer in logits]
-            term = torch.stack([z_loss.to(like.device) for z_loss in z_losses]).mean()
-            total = total + self.router_z_loss_coef * token_share * term
+        if self.settings.router_z_loss_coef > 0:
+            term = router_z_loss(logits, observed.mask.reshape(-1)).mean()
+            total = total + self.settings.router_z_loss_coef * token_share * term
             terms["router_z_loss"] = term.detach()
         return BalancingLoss(total, terms)
 
-    def _load_of(self, scope: str, counts: LoadCounts, step: LoadCounts) -> Tensor | None:
-        """The load `[L, E]` of a scope; `None` for `sequence`, where each sequence has its own.
+    def _global_load(self, step: LoadCounts) -> Tensor:
+        """The load `[L, E]` that stands for the global batch's.
 
         Args:
-            scope: `micro_batch`, `sequence` or `global_batch`.
-            counts: of this rank's micro-batch.
-            step: of the micro-step, over all ranks.
+            step: counts of the micro-step over all ranks; under `exact`, of the whole global batch.
         """
-        if scope == "sequence":
-            return None
-        if scope == "micro_batch":
-            return counts.load
-        if self.load_estimate == "current":
-            return step.load
-        if self.load_estimate == "completed":
-            return self.synchronizer.completed_load()
-        assert self.synchronizer.running is not None
-        return self.synchronizer.running.load
-
-    def _mean_over_layers(self, observed: Observation, load: Tensor | None) -> Tensor:
-        """The load-balancing loss against `load`, or of each sequence without one; each layer by itself and then
-        averaged: never pooled over layers, where layers that collapse onto different experts would balance each
-        other."""
-        losses = []
-        for layer, (logits, experts) in enumerate(zip(observed.router_logits, observed.selected_experts, strict=True)):
-            mask = None if observed.mask is None else observed.mask.to(logits.device)
-            scores = routing_scores(logits, self.scoring_func)
-            if load is None:
-                if mask is None:
-                    mask = logits.new_ones(observed.batch_size, logits.shape[0] // observed.batch_size).bool()
-                loss = sequence_load_balancing_loss(scores, experts, mask)
-            else:
-                mean_score = mean_scores(scores, None if mask is None else mask.reshape(-1))
-                fraction = load_fraction(load[layer], scores.dtype).to(logits.device)
-                loss = load_balancing_loss(fraction, mean_score)
-            losses.append(loss.to(observed.router_logits[0].device))
-        return torch.stack(losses).mean()
+        match self.settings.load_estimate:
+            case "current" | "exact":
+                return step.load
+            case "completed":
+                return self.synchronizer.completed_load()
+            case "running":
+                assert self.synchronizer.running is not None
+                return self.synchronizer.running.load
 
     @torch.no_grad()
-    def after_optimizer_step(self, *, skipped: bool = False) -> None:
+    def after_optimizer_step(self, *, skipped: bool | Tensor = False) -> None:
         """Close the global batch: move the biases if the mode has them, keep the metrics, clear the counters.
 
         Every rank must call it once per optimizer step, after the last micro-batch.
 
         Args:
-            skipped: the step was not made (a gradient scaler found an overflow): clear the counters, move nothing.
+            skipped: the step was not made (a gradient scaler found an overflow): clear the counters, move nothing. A
+                tensor is read, which waits for its device.
         """
-        if self._unsynchronised is not None:
-            self.synchronizer.wait(self.synchronizer.start(self._unsynchronised))
-        counts = self.synchronizer.close(skipped=skipped)
-        max_vio_micro = torch.as_tensor(self._max_vio_micro) / max(self._micro_batches, 1)
-        self._max_vio_micro, self._micro_batches, self._unsynchronised = 0.0, 0, None
-        if counts is None:
+        gathered = self._synchronise_rest()
+        counts = self.synchronizer.close(skipped=bool(skipped))
+        if counts is not None:
+            self._check_prepass(counts)
+            if self._moves_biases():
+                self._move_biases(counts.load, gathered)
+            self._follow_trend(counts)
+            self.steps += 1
+            self._tokens = counts.tokens if self._tokens is None else self._tokens + counts.tokens
+            self._follow_schedule()
+        self._bias_update.forget()
+        self._unsynchronised, self._whole = None, None
+
+    def _check_prepass(self, counts: LoadCounts) -> None:
+        if self._whole is not None and not torch.equal(self._whole.tokens, counts.tokens):
+            raise RuntimeError(
+                f"prepass must see the micro-batches of the optimizer step; it saw {int(self._whole.tokens)} tokens, "
+                f"the step {int(counts.tokens)}"
+            )
+
+    def _synchronise_rest(self) -> Tensor | None:
+        """Sum over the ranks, in one all-reduce, what no loss needed earlier; returns what the bias rule gathered."""
+        gathered, counts = self._bias_update.gathered(), self._unsynchronised
+        tensors = [tensor for tensor in (None if counts is None else counts.pack(), gathered) if tensor is not None]
+        if not tensors:
+            return None
+        summed = self.synchronizer.sum_over_ranks(*tensors)
+        if counts is not None:
+            self.synchronizer.add(LoadCounts.unpack(summed[0], *counts.load.shape))
+        return None if gathered is None else summed[-1]
+
+    def _move_biases(self, load: Tensor, gathered: Tensor | None) -> None:
+        assert self._biases is not None
+        biases = self._biases()
+        stacked = torch.stack([bias.to(load.device) for bias in biases])
+        moved = self._bias_update.update(stacked, load, self.bias_update_rate, gathered)
+        trained = [True] * len(biases) if self._trained is None else self._trained()
+        for bias, new, learns in zip(biases, moved, trained, strict=True):
+            if learns:
+                bias.copy_(new)
+
+    def _follow_trend(self, counts: LoadCounts) -> None:
+        """Running means of MaxVio over about 10 and about 100 global batches."""
+        vio = max_vio(counts.load)
+        for name, keep in (("short", 0.9), ("long", 0.99)):
+            before = self._max_vio_trend.get(name, vio).to(vio.device)
+            self._max_vio_trend[name] = keep * before + (1 - keep) * vio
+
+    def _follow_schedule(self) -> None:
+        schedule = self._initial_settings.balancing_schedule
+        if not schedule or self._tokens is None:
             return
-        if self.mode == "loss_free" and self.bias_update_rate > 0:
-            assert self._biases is not None
-            rule = BIAS_UPDATE_RULES[self.bias_update_rule]
-            for bias, load in zip(self._biases(), counts.load, strict=True):
-                bias.copy_(rule(bias, load.to(bias.device), self.bias_update_rate))
-        self._metrics = {"load": counts.load, "tokens": counts.tokens, "max_vio_micro": max_vio_micro}
+        # A threshold in tokens is the one thing that makes every step wait for the device.
+        tokens = int(self._tokens) if any("tokens" in change for change in schedule) else 0
+        self.settings = self._initial_settings.at(self.steps, tokens)
 
     def metrics(self) -> dict[str, Tensor]:
-        """The last global batch, per MoE layer; tensors, so nothing waits for the device until they are read.
+        """The balance of the last global batch over all ranks: the same on each, with no communication; tensors, so
+        nothing waits for the device until they are read.
 
         Returns:
-            `load` int64 `[L, E]` and `tokens` (over all ranks); `max_vio_batch`, `load_entropy` (0 to 1) and
-            `dead_experts` `[L]` of that load; `max_vio_micro` `[L]`, the mean over this rank's own micro-batches; with
-            `loss_free`, `bias_range` `[L]`, largest minus smallest bias. Empty before the first optimizer step.
+            Empty before the first optimizer step; then, each `[L]` unless said otherwise:
+
+            - `load` int64 `[L, E]`, and `tokens`, a scalar;
+            - `load_balancing_loss_batch`: LBL of the whole global batch, whatever the mode. It is no measure of
+              balance: below 1, experts that are selected often are scored low;
+            - `max_vio_batch`; `max_vio_micro`, its mean over micro-batches; `load_cv`, the coefficient of variation;
+              `load_entropy`, 0 to 1; `dead_experts`; `largest_share` and `smallest_share` of the selections;
+            - `token_gerrymandering`, boolean: LBL is below 0.99 while MaxVio has grown, its mean over about 10 batches
+              being a tenth above that over 100. The loss is then being lowered without balance;
+            - `expert_parallel_slowdown_<n>`, a scalar for each of `expert_parallel_sizes`: `expert_parallel_slowdown`
+              of the micro-batches, mean over them and the layers;
+            - with `loss_free`, `bias_range`, largest minus smallest bias.
         """
-        if not self._metrics:
+        counts = self.synchronizer.previous
+        if counts is None or not self._max_vio_trend:
             return {}
-        load = self._metrics["load"]
-        derived = {
-            "max_vio_batch": max_vio(load),
-            "load_entropy": load_entropy(load),
-            "dead_experts": dead_experts(load),
+        fraction = load_fraction(counts.load)
+        lbl = load_balancing_loss(fraction.double(), counts.score_mean()).float()
+        uneven = counts.uneven_mean().float()
+        trend = self._max_vio_trend
+        metrics = {
+            "load": counts.load,
+            "tokens": counts.tokens,
+            "load_balancing_loss_batch": lbl,
+            "max_vio_batch": max_vio(counts.load),
+            "max_vio_micro": uneven[:, 0],
+            "load_cv": load_cv(counts.load),
+            "load_entropy": load_entropy(counts.load),
+            "dead_experts": dead_experts(counts.load),
+            "largest_share": fraction.amax(dim=-1),
+            "smallest_share": fraction.amin(dim=-1),
+            "token_gerrymandering": (lbl < 0.99) & (trend["short"] > 1.1 * trend["long"]),
         }
-        if self.mode == "loss_free" and self._biases is not None:
-            derived["bias_range"] = torch.stack([bias.max() - bias.min() for bias in self._biases()])
-        return self._metrics | derived
+        # Not strict: counts of a resumed run may have been made for other sizes.
+        for size, slowdown in zip(self.expert_parallel_sizes, uneven[:, 1:].unbind(dim=-1), strict=False):
+            metrics[f"expert_parallel_slowdown_{size}"] = slowdown.mean()
+        if self.settings.balancing_mode == "loss_free" and self._biases is not None:
+            metrics["bias_range"] = torch.stack([bias.max() - bias.min() for bias in self._biases()])
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts of the global batch under way and of the previous one, packed. The biases are the model's and are
-        saved with it; `max_vio_micro` begins anew."""
+        """Everything to go on from here, as tensors and integers. The biases are the model's and are saved with it.
+
+        Between optimizer steps it is the same on every rank, so that one rank's serves any number of ranks; in the
+        middle of accumulation each rank has its own.
+        """
         counts = {
             "running": self.synchronizer.running,
             "previous": self.synchronizer.previous,
             "unsynchronised": self._unsynchronised,
+            "whole": self._whole,
         }
-        return {name: None if value is None else value.pack() for name, value in counts.items()}
+        return {
+            "counts": {name: value.pack() for name, value in counts.items() if value is not None},
+            "num_layers": next((len(value.load) for value in counts.values() if value is not None), 0),
+            "steps": self.steps,
+            "tokens": 0 if self._tokens is None else int(self._tokens),
+            "max_vio_trend": dict(self._max_vio_trend),
+            "bias_update_rule": self._initial_settings.bias_update_rule,
+            "bias_update": self._bias_update.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, also into a Balancer with other settings: a run may resume in another mode. The
+        state of another bias rule is left out."""
         counts = {
-            name: None if packed is None else LoadCounts.unpack(packed, self.num_experts)
-            for name, packed in state.items()
+            name: LoadCounts.unpack(packed, state["num_layers"], self.num_experts)
+            for name, packed in state["counts"].items()
         }
-        self.synchronizer.running = counts["running"]
-        self.synchronizer.previous = counts["previous"]
-        self._unsynchronised = counts["unsynchronised"]
+        self.synchronizer.running, self.synchronizer.previous = counts.get("running"), counts.get("previous")
+        self._unsynchronised, self._whole = counts.get("unsynchronised"), counts.get("whole")
+        self.steps = state["steps"]
+        self._tokens = torch.tensor(state["tokens"])
+        self._max_vio_trend = dict(state["max_vio_trend"])
+        if state["bias_update_rule"] == self._initial_settings.bias_update_rule:
+            self._bias_update.load_state_dict(state["bias_update"])
+        self._follow_schedule()

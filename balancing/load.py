@@ -1,13 +1,15 @@
-"""Load: how many tokens selected each expert, and how unevenly.
+"""Load: how many tokens selected each expert.
 
 `B` sequences, `T` positions, `N = B*T` tokens, `L` MoE layers, `E` experts, `K` experts per token.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+FIXED_POINT = 2**24
+"""Sums of real numbers travel as integers in units of 2**-24: integers add up alike in any order and on any rank."""
 
 
 @dataclass
@@ -19,30 +21,52 @@ class LoadCounts:
 
     load: Tensor
     """`[L, E]`: tokens that selected each expert."""
+    score_sum: Tensor
+    """`[L, E]`: scores summed over the tokens, in units of 1 / `FIXED_POINT`. For metrics only."""
+    uneven: Tensor
+    """`[L, M]`: measures of each micro-batch's imbalance summed over micro-batches, in the same units. For metrics."""
     tokens: Tensor
     """Scalar: routed tokens, padding left out."""
     labels: Tensor
     """Scalar: positions that bear loss."""
     sequences: Tensor
     """Scalar: sequences with at least one token."""
+    micro_batches: Tensor
+    """Scalar: forward passes."""
 
     def pack(self) -> Tensor:
-        """One int64 vector `[L*E + 3]`, so that one all-reduce carries everything."""
-        return torch.cat([self.load.flatten(), torch.stack([self.tokens, self.labels, self.sequences])])
+        """One int64 vector `[L * (2E + M) + 4]`, so that one all-reduce carries everything."""
+        layers = torch.cat([self.load, self.score_sum, self.uneven], dim=-1)
+        scalars = torch.stack([self.tokens, self.labels, self.sequences, self.micro_batches])
+        return torch.cat([layers.flatten(), scalars])
 
     @classmethod
-    def unpack(cls, packed: Tensor, num_experts: int) -> "LoadCounts":
+    def unpack(cls, packed: Tensor, num_layers: int, num_experts: int) -> "LoadCounts":
         """The inverse of `pack`."""
-        tokens, labels, sequences = packed[-3:].unbind()
-        return cls(packed[:-3].view(-1, num_experts), tokens, labels, sequences)
+        layers = packed[:-4].view(num_layers, -1)
+        measures = layers.shape[-1] - 2 * num_experts
+        return cls(*layers.split([num_experts, num_experts, measures], dim=-1), *packed[-4:].unbind())
 
     def __add__(self, other: "LoadCounts") -> "LoadCounts":
-        return LoadCounts(
-            self.load + other.load,
-            self.tokens + other.tokens,
-            self.labels + other.labels,
-            self.sequences + other.sequences,
-        )
+        num_layers, num_experts = self.load.shape
+        return LoadCounts.unpack(self.pack().to(other.load.device) + other.pack(), num_layers, num_experts)
+
+    def to(self, device: torch.device) -> "LoadCounts":
+        """These counts on another device: those of a resumed run begin on the CPU."""
+        return LoadCounts.unpack(self.pack().to(device), *self.load.shape)
+
+    def score_mean(self) -> Tensor:
+        """`P` `[L, E]`, fp64: mean score over the tokens."""
+        return self.score_sum.double() / FIXED_POINT / self.tokens.clamp(min=1)
+
+    def uneven_mean(self) -> Tensor:
+        """`[L, M]`, fp64: `uneven` as a mean over micro-batches."""
+        return self.uneven.double() / FIXED_POINT / self.micro_batches.clamp(min=1)
+
+
+def to_fixed_point(values: Tensor) -> Tensor:
+    """Real numbers as int64, in units of 1 / `FIXED_POINT`."""
+    return (values.detach().double() * FIXED_POINT).round().long()
 
 
 def token_mask(attention_mask: object, batch_size: int, length: int) -> Tensor | None:
@@ -73,43 +97,17 @@ def count_selections(selected_experts: Tensor, num_experts: int, mask: Tensor | 
     """How many tokens selected each expert, from the selection itself (bias, groups and all).
 
     Args:
-        selected_experts: int64 `[N, K]`, the experts each token really went to.
+        selected_experts: int64 `[..., N, K]`, the experts each token really went to.
         num_experts: `E`.
         mask: boolean `[N]`, true for tokens; `None` counts every row.
 
     Returns:
-        int64 `[E]`.
+        int64 `[..., E]`.
     """
     # scatter_add_, not bincount: bincount waits for the device to learn its output's size.
     ones = torch.ones_like(selected_experts) if mask is None else mask.long()[:, None].expand_as(selected_experts)
-    load = torch.zeros(num_experts, dtype=torch.long, device=selected_experts.device)
-    return load.scatter_add_(0, selected_experts.flatten(), ones.flatten())
-
-
-def count_load(
-    selected_experts: Sequence[Tensor], num_experts: int, mask: Tensor | None, batch_size: int, labels: Tensor
-) -> LoadCounts:
-    """The counts of one micro-batch.
-
-    Args:
-        selected_experts: one int64 `[N, K]` per MoE layer.
-        num_experts: `E`.
-        mask: boolean `[B, T]`, true for tokens; `None` counts every position.
-        batch_size: `B`.
-        labels: int64 scalar, the number of positions that bear loss.
-    """
-    device = selected_experts[0].device
-    flat = None if mask is None else mask.reshape(-1)
-    load = [
-        count_selections(experts, num_experts, flat if flat is None else flat.to(experts.device)).to(device)
-        for experts in selected_experts
-    ]
-    if mask is None:
-        tokens = torch.full((), selected_experts[0].shape[0], dtype=torch.long, device=device)
-        sequences = torch.full((), batch_size, dtype=torch.long, device=device)
-    else:
-        tokens, sequences = mask.sum().to(device), mask.any(dim=-1).sum().to(device)
-    return LoadCounts(torch.stack(load), tokens, labels.to(device), sequences)
+    load = torch.zeros(*selected_experts.shape[:-2], num_experts, dtype=torch.long, device=selected_experts.device)
+    return load.scatter_add_(-1, selected_experts.flatten(-2), ones.flatten(-2))
 
 
 def load_fraction(load: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,44 +119,3 @@ def load_fraction(load: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     total = load.sum(dim=-1, keepdim=True).clamp(min=1)
     return load.to(dtype) / total.to(dtype)
-
-
-def max_vio(load: Tensor) -> Tensor:
-    """Maximal violation `(max_i load_i - mean load) / mean load` (Loss-Free Balancing, arXiv 2408.15664).
-
-    0 is perfect balance; `E / K - 1` is the most there can be. 0 where nothing was counted.
-
-    Args:
-        load: counts `[..., E]`, over an evaluation set (*global*), a global batch (*batch*) or one micro-batch
-            (*micro*).
-
-    Returns:
-        float32 `[...]`, without unit.
-    """
-    largest = load_fraction(load).amax(dim=-1) * load.shape[-1] - 1
-    return torch.where(load.sum(dim=-1) > 0, largest, torch.zeros_like(largest))
-
-
-def load_entropy(load: Tensor) -> Tensor:
-    """Entropy of the load over `log E`: 1 is perfect balance, 0 is one expert taking everything.
-
-    Args:
-        load: counts `[..., E]`.
-
-    Returns:
-        float32 `[...]`, between 0 and 1.
-    """
-    entropy = torch.special.entr(load_fraction(load)).sum(dim=-1)
-    return entropy / torch.log(torch.tensor(float(max(load.shape[-1], 2)), device=load.device))
-
-
-def dead_experts(load: Tensor) -> Tensor:
-    """How many experts no token selected.
-
-    Args:
-        load: counts `[..., E]`.
-
-    Returns:
-        int64 `[...]`, between 0 and `E`.
-    """
-    return (load == 0).sum(dim=-1)

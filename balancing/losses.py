@@ -1,8 +1,9 @@
-"""Load-balancing losses of one MoE layer, and the router z-loss.
+"""Load-balancing losses of each MoE layer, and the router z-loss.
 
-`B` sequences, `T` positions, `N = B*T` tokens, `E` experts, `K` experts per token.
+`B` sequences, `T` positions, `N = B*T` tokens, `E` experts, `K` experts per token; `...` stands for any leading
+dimensions, such as the layers: each layer has a loss of its own, and nothing is pooled over layers.
 
-All of them take fp32 or fp64 and return a scalar of the same type. Masked positions (padding) enter nowhere; where no
+All of them take fp32 or fp64 and return `[...]` of the same type. Masked positions (padding) enter nowhere; where no
 token is left the value is 0, with gradient 0.
 """
 
@@ -13,18 +14,28 @@ from ..configuration import ScoringFunction
 from .load import load_fraction
 
 
+def router_scores(router_logits: Tensor, scoring_func: ScoringFunction) -> Tensor:
+    """The scores `[..., N, E]`, between 0 and 1, to which a router adds its selection bias.
+
+    Args:
+        router_logits: `[..., N, E]`.
+        scoring_func: the router's own.
+    """
+    return router_logits.softmax(dim=-1) if scoring_func == "softmax" else router_logits.sigmoid()
+
+
 def routing_scores(router_logits: Tensor, scoring_func: ScoringFunction) -> Tensor:
-    """Scores of each token over the experts, each row summing to 1.
+    """Scores `[..., N, E]` of each token over the experts, each row summing to 1.
 
     Sigmoid scores are divided by their row's sum, as in the sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437,
     equation 19), so that the same loss and coefficient serve both scoring functions.
 
     Args:
-        router_logits: `[N, E]`.
+        router_logits: `[..., N, E]`.
         scoring_func: what the router itself uses.
 
     Returns:
-        `[N, E]` in at least fp32.
+        `[..., N, E]` in at least fp32.
     """
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     if scoring_func == "softmax":
@@ -38,7 +49,7 @@ def mean_scores(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         scores: `[..., N, E]` from `routing_scores`.
-        mask: boolean `[..., N]`, true for tokens.
+        mask: boolean `[N]`, or with leading dimensions of its own; true for tokens.
 
     Returns:
         `[..., E]`.
@@ -57,8 +68,8 @@ def load_balancing_loss(fraction: Tensor, mean_score: Tensor) -> Tensor:
     the ranks' losses is the global batch's (arXiv 2501.11873).
 
     Args:
-        fraction: load fraction `f`, `[E]`, summing to 1; carries no gradient.
-        mean_score: `P`, `[E]`, summing to 1.
+        fraction: load fraction `f`, `[..., E]`, summing to 1; carries no gradient.
+        mean_score: `P`, `[..., E]`, summing to 1.
     """
     return fraction.shape[-1] * (fraction * mean_score).sum(dim=-1)
 
@@ -69,20 +80,19 @@ def sequence_load_balancing_loss(scores: Tensor, selected_experts: Tensor, mask:
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2, equations 17 to 20.
 
     Args:
-        scores: `[N, E]` from `routing_scores`.
-        selected_experts: int64 `[N, K]`.
+        scores: `[..., N, E]` from `routing_scores`.
+        selected_experts: int64 `[..., N, K]`.
         mask: boolean `[B, T]`, true for tokens.
     """
-    batch_size, num_experts = mask.shape[0], scores.shape[-1]
-    selections = selected_experts.view(batch_size, -1)  # [B, T*K]
-    ones = mask.long()[..., None].expand(-1, -1, selected_experts.shape[-1]).reshape(batch_size, -1)
-    load = torch.zeros(batch_size, num_experts, dtype=torch.long, device=scores.device)
-    load.scatter_add_(1, selections, ones)
-    losses = load_balancing_loss(
-        load_fraction(load, scores.dtype), mean_scores(scores.view(batch_size, -1, num_experts), mask)
-    )
+    num_experts = scores.shape[-1]
+    selections = selected_experts.unflatten(-2, mask.shape)  # [..., B, T, K]
+    ones = mask.long()[..., None].expand_as(selections)
+    load = torch.zeros(*selections.shape[:-2], num_experts, dtype=torch.long, device=scores.device)
+    load.scatter_add_(-1, selections.flatten(-2), ones.flatten(-2))
+    mean_score = mean_scores(scores.unflatten(-2, mask.shape), mask)  # [..., B, E]
+    losses = load_balancing_loss(load_fraction(load, scores.dtype), mean_score)
     # A sequence of padding alone has loss 0 and is not counted.
-    return losses.sum() / mask.any(dim=-1).sum().clamp(min=1)
+    return losses.sum(dim=-1) / mask.any(dim=-1).sum().clamp(min=1)
 
 
 def router_z_loss(router_logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,7 +101,7 @@ def router_z_loss(router_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     Source: ST-MoE, arXiv 2202.08906, equation 5.
 
     Args:
-        router_logits: `[N, E]`.
+        router_logits: `[..., N, E]`.
         mask: boolean `[N]`, true for tokens.
     """
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))

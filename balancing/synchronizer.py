@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,6 +17,7 @@ class PendingCounts:
     """An all-reduce under way; only `LoadCountSynchronizer.wait` reads it."""
 
     packed: Tensor
+    num_layers: int
     num_experts: int
     work: dist.Work | None
 
@@ -31,7 +33,7 @@ class LoadCountSynchronizer:
 
     Args:
         process_group: the data-parallel group; `None` is the default group. Tensor- and expert-parallel peers hold the
-            same tokens and must not be in it.
+            same tokens and must not be in it (`equipoise.integrations.data_parallel_group` finds it).
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -52,15 +54,28 @@ class LoadCountSynchronizer:
         work = None
         if self.world_size > 1:
             work = dist.all_reduce(packed, group=self.process_group, async_op=True)
-        return PendingCounts(packed, counts.load.shape[-1], work)
+        num_layers, num_experts = counts.load.shape
+        return PendingCounts(packed, num_layers, num_experts, work)
 
     def wait(self, pending: PendingCounts) -> LoadCounts:
         """The counts of this micro-step over all ranks; adds them to `running`."""
         if pending.work is not None:
             pending.work.wait()
-        counts = LoadCounts.unpack(pending.packed, pending.num_experts)
-        self.running = counts if self.running is None else self.running + counts
+        counts = LoadCounts.unpack(pending.packed, pending.num_layers, pending.num_experts)
+        self.add(counts)
         return counts
+
+    def add(self, counts: LoadCounts) -> None:
+        """Add counts that are summed over the ranks already."""
+        self.running = counts if self.running is None else self.running + counts
+
+    def sum_over_ranks(self, *integers: Tensor) -> list[Tensor]:
+        """Integer tensors summed over the ranks in one all-reduce, which is waited for."""
+        packed = torch.cat([tensor.flatten() for tensor in integers])
+        if self.world_size > 1:
+            dist.all_reduce(packed, group=self.process_group)
+        parts = packed.split([tensor.numel() for tensor in integers])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, integers, strict=True)]
 
     def completed_load(self) -> Tensor:
         """`running`, with the previous global batch's load for the part of this one not yet seen.
@@ -75,8 +90,9 @@ class LoadCountSynchronizer:
         load = self.running.load.double()
         if self.previous is None:
             return load
-        unseen = (1 - self.running.tokens / self.previous.tokens.clamp(min=1).double()).clamp(min=0)
-        return load + unseen * self.previous.load
+        previous = self.previous.to(load.device)
+        unseen = (1 - self.running.tokens / previous.tokens.clamp(min=1).double()).clamp(min=0)
+        return load + unseen * previous.load
 
     def close(self, *, skipped: bool = False) -> LoadCounts | None:
         """End the global batch: an optimizer step has been made, or `skipped`.

@@ -1,6 +1,14 @@
 """Settings without torch: the model's configuration and the settings of a training run."""
 
-from .configuration_moe import BalancingMode, BiasUpdateRule, LoadEstimate, LossScope, MoEConfig, ScoringFunction
+from .balancing_settings import (
+    BalancingFields,
+    BalancingMode,
+    BalancingSettings,
+    BiasUpdateRule,
+    LoadEstimate,
+    LossScope,
+)
+from .configuration_moe import MoEConfig, ScoringFunction
 from .training_settings import (
     DataSettings,
     ModelSettings,
@@ -11,7 +19,9 @@ from .training_settings import (
 )
 
 __all__ = [
+    "BalancingFields",
     "BalancingMode",
+    "BalancingSettings",
     "BiasUpdateRule",
     "DataSettings",
     "LoadEstimate",

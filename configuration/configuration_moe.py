@@ -7,19 +7,17 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-BalancingMode = Literal["none", "micro_batch", "sequence", "global_batch", "loss_free"]
-LossScope = Literal["none", "micro_batch", "sequence", "global_batch"]
-LoadEstimate = Literal["current", "running", "completed"]
-BiasUpdateRule = Literal["sign"]
+from .balancing_settings import BalancingFields
+
 ScoringFunction = Literal["softmax", "sigmoid"]
 
 
 @strict
-class MoEConfig(PreTrainedConfig):
+class MoEConfig(BalancingFields, PreTrainedConfig):
     """Configuration of [`MoEForCausalLM`]; field names are Transformers' own wherever it has one.
 
     Any field can be given by keyword and is saved in `config.json`. An impossible combination raises an error that
-    names the field, what it must be and what it got.
+    names the field, what it must be and what it got. The fields of balancing are those of [`BalancingFields`].
     """
 
     model_type = "equipoise_moe"
@@ -104,29 +102,6 @@ class MoEConfig(PreTrainedConfig):
     """Groups a token may select experts from."""
     output_router_logits: bool = False
     """Whether the forward pass returns `router_logits` and `selected_experts`."""
-
-    # --- Balancing ---
-    balancing_mode: BalancingMode = "global_batch"
-    """Over what the load is balanced: `none`; a loss over each `micro_batch`, each `sequence`, or the
-    `global_batch` (arXiv 2501.11873); or `loss_free`, a bias on the selection (arXiv 2408.15664)."""
-    router_aux_loss_coef: float | int = 0.01
-    """Coefficient of the load-balancing loss of `balancing_mode`. It means the same under any world size,
-    accumulation, number of experts, of layers, and padding."""
-    router_z_loss_coef: float | int = 0.0
-    """Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906)."""
-    load_estimate: LoadEstimate = "running"
-    """Which load stands for the global batch's while it is being accumulated: `current`, the synchronised counts of
-    this micro-step; `running`, those of all micro-steps since the last optimizer step (the paper's buffer);
-    `completed`, these and the previous global batch's load for the part not yet seen."""
-    bias_update_rate: float | int = 1e-3
-    """How far `loss_free` moves a bias at each optimizer step, in units of the score."""
-    bias_update_rule: BiasUpdateRule = "sign"
-    """How `loss_free` moves the bias: `sign`, by `bias_update_rate` towards the mean load (arXiv 2408.15664)."""
-    complementary_balancing_mode: LossScope = "none"
-    """A second load-balancing loss beside `balancing_mode`: a little micro-batch beside the global batch, or a little
-    sequence beside the bias."""
-    complementary_aux_loss_coef: float | int = 1e-4
-    """Coefficient of the complementary load-balancing loss."""
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -222,19 +197,18 @@ class MoEConfig(PreTrainedConfig):
                 f"({self.topk_group * experts_per_group}); got {self.num_experts_per_tok}"
             )
 
-    def validate_balancing(self):
-        for name in (
-            "router_aux_loss_coef",
-            "router_z_loss_coef",
-            "bias_update_rate",
-            "complementary_aux_loss_coef",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:  # so that NaN is refused too
-                raise ValueError(f"{name} must be at least 0 and finite; got {getattr(self, name)}")
-        if self.complementary_balancing_mode != "none" and self.complementary_balancing_mode == self.balancing_mode:
+    def validate_quantile(self):
+        if self.bias_update_rule != "quantile":
+            return
+        if self.n_group > 1:
             raise ValueError(
-                f"complementary_balancing_mode must differ from balancing_mode ({self.balancing_mode}); "
-                f"got {self.complementary_balancing_mode}"
+                f"bias_update_rule quantile must go without groups: within n_group ({self.n_group}) another cutoff "
+                f"decides; got {self.bias_update_rule}"
+            )
+        if self.num_experts_per_tok >= self.num_experts:
+            raise ValueError(
+                f"bias_update_rule quantile needs num_experts_per_tok below num_experts ({self.num_experts}); "
+                f"got {self.num_experts_per_tok}"
             )
 
 

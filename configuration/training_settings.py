@@ -108,9 +108,19 @@ class TrainingSettings:
         default=False, metadata={"help": "Recompute each layer in the backward pass instead of keeping it."}
     )
     logging_steps: int = field(default=10, metadata={"help": "Steps between two lines of metrics.jsonl."})
+    expert_parallel_sizes: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Log how much imbalance would slow expert-parallel groups of these sizes, e.g. 2 4 8."},
+    )
+    log_expert_gradients: bool = field(
+        default=False, metadata={"help": "Log the norm of each expert's gradient to load.jsonl."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the initial weights and of the order of the data."})
 
     def __post_init__(self) -> None:
+        for size in self.expert_parallel_sizes:
+            if size < 2:
+                raise ValueError(f"expert_parallel_sizes must be at least 2; got {size}")
         _at_least(self, 1, "max_steps", "micro_batch_size", "gradient_accumulation_steps", "logging_steps")
         _at_least(
             self,
@@ -168,7 +178,9 @@ def _read_settings_file(path: Path) -> list[str]:
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{path} names a setting that does not exist: {name}; known: {', '.join(sorted(known))}")
-        if value is not None:
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
             flags.append(f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}")
     return flags
 

@@ -29,8 +29,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..balancing import Balancer, token_mask
-from ..configuration import MoEConfig
+from ..balancing import Balancer, expert_gradient_norms, token_mask
+from ..configuration import BalancingSettings, MoEConfig
 from .experts import MoEExperts
 from .router import MoERouter
 
@@ -325,24 +325,37 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.balancer = Balancer(
-            config.balancing_mode,
             num_experts=config.num_experts,
             scoring_func=config.scoring_func,
-            router_aux_loss_coef=config.router_aux_loss_coef,
-            router_z_loss_coef=config.router_z_loss_coef,
-            load_estimate=config.load_estimate,
-            bias_update_rate=config.bias_update_rate,
-            bias_update_rule=config.bias_update_rule,
-            complementary_balancing_mode=config.complementary_balancing_mode,
-            complementary_aux_loss_coef=config.complementary_aux_loss_coef,
             biases=self.selection_biases,
+            trained=self.trained_routers,
+            **vars(BalancingSettings.of(config)),
         )
         self.post_init()
 
     def selection_biases(self) -> list[Tensor]:
         """The routers' selection biases, fp32 `[E]` each, in layer order."""
-        blocks = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoEBlock)]
-        return [block.gate.e_score_correction_bias for block in blocks]
+        return [block.gate.e_score_correction_bias for block in self._moe_blocks()]
+
+    def trained_routers(self) -> list[bool]:
+        """Whether each layer's router is being trained, in layer order: a frozen one is not balanced either."""
+        return [any(weight.requires_grad for weight in block.gate.parameters()) for block in self._moe_blocks()]
+
+    def expert_gradient_norms(self) -> Tensor | None:
+        """Norm of the gradient that each expert's parameters hold, `[L, E]`; `None` where they hold none.
+
+        Read it between the backward pass and `zero_grad`, on parameters that are whole (not under FSDP).
+        """
+        layers = [[weight.grad for weight in block.experts.parameters()] for block in self._moe_blocks()]
+        norms = [
+            expert_gradient_norms(*(gradient for gradient in gradients if gradient is not None))
+            for gradients in layers
+            if any(gradient is not None for gradient in gradients)
+        ]
+        return torch.stack(norms) if len(norms) == len(layers) > 0 else None
+
+    def _moe_blocks(self) -> list[MoEBlock]:
+        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoEBlock)]
 
     @can_return_tuple
     def forward(
@@ -372,11 +385,11 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds` are given; in training, `attention_mask` has
-                neither 2 nor 4 dimensions.
+                neither 2 nor 4 dimensions, or no labels are given to balance by.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        balancing = self.training and torch.is_grad_enabled()
+        balancing = (self.training and torch.is_grad_enabled()) or self.balancer.in_prepass
         outputs: MoEModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -389,16 +402,22 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         router_logits, selected_experts = tuple(zip(*outputs.routing, strict=True)) if outputs.routing else ((), ())
-        num_labels = self._count_labels(labels, kwargs.get("shift_labels"))
+        bears_loss = self._positions_with_loss(labels, kwargs.get("shift_labels"))
+        num_labels = None if bears_loss is None else bears_loss.sum()
 
         observed = None
         if balancing and router_logits:
             batch_size, length = hidden_states.shape[:2]
+            mask = token_mask(attention_mask, batch_size, length)
+            if self.balancer.settings.balanced_positions == "labels":
+                if bears_loss is None:
+                    raise ValueError("labels must be given when balanced_positions is labels; got none")
+                mask = bears_loss if mask is None else mask & bears_loss
             observed = self.balancer.observe(
                 router_logits,
                 selected_experts,
                 batch_size=batch_size,
-                mask=token_mask(attention_mask, batch_size, length),
+                mask=mask,
                 num_labels=0 if num_labels is None else num_labels,
             )
 
@@ -436,13 +455,13 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def _count_labels(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
-        """How many positions bear loss, as the loss function will see them; `None` without labels."""
-        if labels is None and shift_labels is None:
+    def _positions_with_loss(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
+        """Which positions `[B, T]` bear loss, as the loss function will see them; `None` without labels."""
+        if shift_labels is not None:
+            return shift_labels.ne(-100)
+        if labels is None:
             return None
-        targets = shift_labels if labels is None or shift_labels is not None else labels[..., 1:]
-        assert targets is not None
-        return targets.ne(-100).sum()
+        return torch.nn.functional.pad(labels[..., 1:].ne(-100), (0, 1))
 
 
 __all__ = ["MoEForCausalLM", "MoEModel", "MoEPreTrainedModel"]

@@ -17,10 +17,20 @@ ARROWS = {
     "balancing": {"configuration"},
     "data": {"configuration"},
     "modeling": {"balancing", "configuration"},
-    "training": {"modeling", "balancing", "data", "configuration"},
+    "integrations": {"modeling", "balancing", "configuration"},
+    "training": {"integrations", "modeling", "balancing", "data", "configuration"},
     "evaluation": {"modeling", "balancing", "data", "configuration"},
     "analysis": {"modeling", "balancing", "data", "configuration"},
-    "scripts": {"training", "evaluation", "analysis", "modeling", "balancing", "data", "configuration"},
+    "scripts": {
+        "training",
+        "evaluation",
+        "analysis",
+        "integrations",
+        "modeling",
+        "balancing",
+        "data",
+        "configuration",
+    },
 }
 
 

@@ -2,8 +2,10 @@
 
 import math
 import time
+import warnings
 from contextlib import nullcontext
 from importlib.metadata import version
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
@@ -12,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..configuration import RunSettings
 from ..data import MicroBatchSampler, write_json, write_whole
+from ..integrations import data_parallel_group
 from ..modeling import MoEForCausalLM
 from .optimization import build_optimizer, build_schedule
 from .prepare import prepare_blocks, read_config
@@ -34,6 +37,9 @@ def train(settings: RunSettings) -> RunDirectory:
     """
     model_settings, data, training = settings
     config = read_config(model_settings)
+    for size in training.expert_parallel_sizes:
+        if config.num_experts % size:
+            raise ValueError(f"expert_parallel_sizes must divide num_experts ({config.num_experts}); got {size}")
     assert training.output_dir is not None
     run = RunDirectory(training.output_dir)
 
@@ -64,6 +70,8 @@ def train(settings: RunSettings) -> RunDirectory:
         accelerator.wait_for_everyone()  # nobody reads the preparation any more
 
     balancer = model.balancer
+    balancer.synchronizer.process_group = data_parallel_group(accelerator)
+    balancer.expert_parallel_sizes = training.expert_parallel_sizes
     # The schedule is not prepared: Accelerate would step it once per process.
     prepared, optimizer, batches = accelerator.prepare(model, optimizer, DataLoader(blocks, batch_sampler=sampler))
 
@@ -81,6 +89,7 @@ def train(settings: RunSettings) -> RunDirectory:
     batches = iter(batches)
     progress = tqdm(range(1, training.max_steps + 1), unit="step", disable=not accelerator.is_main_process)
     for step in progress:
+        logging = step == 1 or step % training.logging_steps == 0 or step == training.max_steps
         micro_batches = [next(batches) for _ in range(accumulation)]
         labels = sum(batch["labels"][:, 1:].ne(-100).sum() for batch in micro_batches)
         num_items_in_batch = accelerator.reduce(labels, "sum")
@@ -101,6 +110,8 @@ def train(settings: RunSettings) -> RunDirectory:
                     gradient_norm = accelerator.clip_grad_norm_(
                         prepared.parameters(), training.max_grad_norm or math.inf
                     )
+                    if training.log_expert_gradients and logging:
+                        expert_gradients = model.expert_gradient_norms()
                 optimizer.step()
                 optimizer.zero_grad()
                 metrics.add_micro_batch(outputs)
@@ -109,7 +120,7 @@ def train(settings: RunSettings) -> RunDirectory:
         schedule.step()
         metrics.end_step()
 
-        if step == 1 or step % training.logging_steps == 0 or step == training.max_steps:
+        if logging:
             record, load = metrics.read(accelerator, balancer)
             now = time.perf_counter()
             speed = (step - last_logged_step) * tokens_per_step / (now - logged)
@@ -130,7 +141,18 @@ def train(settings: RunSettings) -> RunDirectory:
                     "seconds": now - start,
                 }
                 run.append("metrics.jsonl", position | record | pace)
-                run.append("load.jsonl", {"step": step, "load": load})
+                routed: dict[str, Any] = {"step": step, "load": load}
+                if training.log_expert_gradients and expert_gradients is not None:
+                    routed["expert_grad_norm"] = expert_gradients.tolist()
+                run.append("load.jsonl", routed)
+                gerrymandered = record.get("token_gerrymandering")
+                if isinstance(gerrymandered, list) and any(gerrymandered):
+                    layers = [layer for layer, found in enumerate(gerrymandered) if found]
+                    warnings.warn(
+                        f"step {step}: in the MoE layers {layers} the load-balancing loss is below 1 while MaxVio "
+                        "grows: it is being lowered without balance",
+                        stacklevel=1,
+                    )
                 progress.set_postfix(loss=f"{lm_loss:.3f}")
     seconds = time.perf_counter() - start
 

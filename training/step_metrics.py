@@ -55,7 +55,6 @@ class StepMetrics:
         load: list[list[int]] = []
         if metrics:
             load = metrics.pop("load").tolist()
-            metrics["max_vio_micro"] = accelerator.reduce(metrics["max_vio_micro"], "mean")
             record |= {name: value.tolist() for name, value in metrics.items() if name != "tokens"}
         self._clear()
         return record, load

@@ -184,11 +184,11 @@ def test_state_of_a_batch_under_way_survives() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"mode": "global"}, "balancing_mode must be one of none, micro_batch"),
-        ({"load_estimate": "future"}, "load_estimate must be one of current, running, completed; got future"),
-        ({"bias_update_rule": "nudge"}, "bias_update_rule must be one of sign; got nudge"),
+        ({"balancing_mode": "global"}, "balancing_mode must be one of none, micro_batch"),
+        ({"load_estimate": "future"}, "load_estimate must be one of current, running, completed, exact; got future"),
+        ({"bias_update_rule": "nudge"}, "bias_update_rule must be one of sign, centred_sign, proportional"),
         ({"complementary_balancing_mode": "loss_free"}, "complementary_balancing_mode must be one of"),
-        ({"mode": "loss_free"}, "needs biases"),
+        ({"balancing_mode": "loss_free"}, "needs biases"),
     ],
 )
 def test_unknown_settings_are_refused(arguments: dict, words: str) -> None:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from equipoise.balancing import (
     LoadCounts,
-    count_load,
     count_selections,
     dead_experts,
     load_entropy,
@@ -29,27 +28,36 @@ def test_counts_equal_counting_by_hand(shape: tuple[int, int, int, int, int]) ->
     batch, length, layers, experts, seed = shape
     generator = torch.Generator().manual_seed(seed)
     per_token = int(torch.randint(1, experts + 1, (), generator=generator))
-    selected = [
-        torch.rand(batch * length, experts, generator=generator).topk(per_token).indices for _ in range(layers)
-    ]
-    mask = torch.rand(batch, length, generator=generator) < 0.7
-    counts = count_load(selected, experts, mask, batch, torch.tensor(5))
+    selected = torch.rand(layers, batch * length, experts, generator=generator).topk(per_token).indices
+    mask = torch.rand(batch * length, generator=generator) < 0.7
 
     by_hand = [[0] * experts for _ in range(layers)]
     for layer in range(layers):
         for token, choice in enumerate(selected[layer].tolist()):
-            if mask.flatten()[token]:
+            if mask[token]:
                 for expert in choice:
                     by_hand[layer][expert] += 1
-    assert counts.load.tolist() == by_hand
-    assert counts.load.dtype == torch.long
-    assert counts.tokens.item() == sum(mask.flatten().tolist())
-    assert counts.sequences.item() == sum(any(row) for row in mask.tolist())
-    assert counts.labels.item() == 5
+    load = count_selections(selected, experts, mask)
+    assert load.tolist() == by_hand
+    assert load.dtype == torch.long
+    everything = count_selections(selected, experts, torch.ones_like(mask))
+    assert torch.equal(count_selections(selected, experts), everything)
 
-    again = LoadCounts.unpack(counts.pack(), experts)
-    assert again.load.tolist() == by_hand
-    assert [again.tokens, again.labels, again.sequences] == [counts.tokens, counts.labels, counts.sequences]
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**31))
+def test_packing_loses_nothing_and_sums_like_its_parts(layers: int, experts: int, measures: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> LoadCounts:
+        shapes = [(layers, experts)] * 2 + [(layers, measures)] + [()] * 4
+        return LoadCounts(*(torch.randint(0, 2**40, shape, generator=generator) for shape in shapes))
+
+    one, other = draw(), draw()
+    assert vars(LoadCounts.unpack(one.pack(), layers, experts)).keys() == vars(one).keys()
+    total = LoadCounts.unpack(one.pack() + other.pack(), layers, experts)
+    for name, value in vars(total).items():
+        assert torch.equal(value, getattr(one, name) + getattr(other, name)), name
+        assert torch.equal(value, getattr(one + other, name)), name
 
 
 def test_counts_do_not_lose_increments() -> None:

@@ -1,0 +1,30 @@
+"""Which ranks hold different tokens: the data-parallel group of an Accelerator."""
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def data_parallel_group(parallel: Accelerator | DeviceMesh) -> dist.ProcessGroup | None:
+    """The ranks whose tokens differ from one another: data-parallel times context- and sequence-parallel.
+
+    Tensor-parallel peers hold the same tokens, and would count them again.
+
+    Args:
+        parallel: an Accelerator, whose `ParallelismConfig` made the mesh, or such a mesh: dimensions named `dp`,
+            `dp_replicate`, `dp_shard`, `cp` or `sp` are taken, others are not.
+
+    Returns:
+        The group to give a Balancer: of this rank alone where the mesh has none of these dimensions; `None`, the
+        default group of all ranks, where there is no mesh. Every rank must call it, it may make groups.
+    """
+    mesh = parallel if isinstance(parallel, DeviceMesh) else getattr(parallel, "torch_device_mesh", None)
+    if mesh is None:
+        return None
+    names = mesh.mesh_dim_names or ()
+    different = tuple(name for name in names if name in ("dp", "dp_replicate", "dp_shard", "cp", "sp"))
+    if not different:
+        return dist.new_subgroups(group_size=1)[0]
+    if len(different) == 1:
+        return mesh[different[0]].get_group()
+    return mesh[different]._flatten().get_group()
