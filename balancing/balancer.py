@@ -173,8 +173,8 @@ class Balancer:
 
         Inside, put each of this rank's micro-batches of the coming optimizer step through the model, once and in
         training mode; gradients are off, nothing else is counted and nothing added to a loss. At the end the counts
-        are summed over the ranks, so every rank must leave the block, having put in at least one micro-batch. It costs a
-        second forward pass: for study, and for tests. Dropout draws anew, so with dropout it is not exact.
+        are summed over the ranks, so every rank must leave the block, having put in at least one micro-batch. It costs
+        a second forward pass: for study, and for tests. Dropout draws anew, so with dropout it is not exact.
 
         Raises:
             RuntimeError: inside another pre-pass, or no micro-batch was put in.
