@@ -1,9 +1,9 @@
 """How far the balancing gradient under each load estimate is from the one with the whole global batch's load.
 
-Trains a preset on real text with `load_estimate: running`. At some steps the global batch is put through the model once
-more, and the gradient of the load-balancing loss is taken under each estimate, as `ranks x accumulation` would see it:
-ranks are consecutive micro-batches whose counts are summed, which is what the synchronizer does in processes. The last
-three batches up to each of `--at` are measured. About 8 minutes on one core with 8 micro-batches of 512 tokens.
+Trains a preset on real text with `load_estimate: running`. At some steps the global batch is put through the model
+once more, and the gradient of the load-balancing loss is taken under each estimate, as `ranks x accumulation` would
+see it: ranks are consecutive micro-batches whose counts are summed, which is what the synchronizer does in processes.
+The last three batches up to each of `--at` are measured. About 8 minutes on one core with 8 micro-batches of 512 tokens.
 
 python benchmarks/load_estimates.py --data CORPUS --output RESULT.json --layouts 1x8 2x4
 """
@@ -15,34 +15,27 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from small_training import SmallTraining, step
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.balancing import load_balancing_loss, load_fraction, mean_scores, routing_scores
-from equipoise.data import MicroBatchSampler, pack_documents, read_documents, sample_texts, train_tokenizer, write_json
+from equipoise.data import write_json
 
 ESTIMATES = ("running", "completed", "current", "micro_batch")
 """`micro_batch` is no estimate of the global batch: it shows what balancing each micro-batch asks for instead."""
 
 
 @dataclass
-class Arguments:
+class Arguments(SmallTraining):
     """What is trained and measured."""
 
-    data: str = field(metadata={"help": "Folder with one sub-folder per domain."})
-    output: str = field(metadata={"help": "JSON file to write."})
-    layouts: list[str] = field(metadata={"help": "ranks x accumulation, all of one product, e.g. 1x8 2x4."})
-    micro_batch_domains: str = field(default="mixed", metadata={"help": "mixed or single."})
-    preset: str = field(default="hub_configs/tiny", metadata={"help": "Folder with a config.json."})
+    layouts: list[str] = field(
+        default_factory=lambda: ["1x8", "2x4"], metadata={"help": "ranks x accumulation, all of one product."}
+    )
     at: list[int] = field(default_factory=lambda: [10, 100, 500], metadata={"help": "Optimizer steps to measure at."})
-    micro_batch_size: int = field(default=2, metadata={"help": "Blocks in a micro-batch."})
-    block_size: int = field(default=256, metadata={"help": "Tokens in a block."})
-    max_train_bytes_per_domain: int = field(default=3_000_000, metadata={"help": "Training text of each domain."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW, after 50 steps of warm-up."})
-    seed: int = field(default=0, metadata={"help": "Of weights and data order."})
 
 
 def loads_under(estimate: str, loads: list[Tensor], ranks: int, previous: Tensor) -> list[Tensor]:
@@ -145,49 +138,18 @@ def main() -> None:
     if len(products) != 1:
         raise SystemExit(f"layouts must all have one product of ranks and accumulation; got {arguments.layouts}")
     (micro_batches,) = products
-    config = AutoConfig.from_pretrained(arguments.preset)
-    documents = read_documents(arguments.data, max_train_bytes_per_domain=arguments.max_train_bytes_per_domain)[
-        "train"
-    ]
-    tokenizer = train_tokenizer(sample_texts(documents), config.vocab_size)
-    domains = sorted(documents.unique("domain"))
-    blocks = pack_documents(documents, tokenizer, arguments.block_size, domains=domains, seed=arguments.seed)
+    blocks, _ = arguments.blocks()
+    model = arguments.model(load_estimate="running")
+    optimizer, schedule = arguments.optimizer(model)
+    measured: dict[int, list[dict]] = {at: [] for at in arguments.at}
+    losses: list[float] = []
     steps = max(arguments.at)
-    sampler = MicroBatchSampler(
-        blocks["domain"],
-        arguments.micro_batch_size,
-        steps * micro_batches,
-        seed=arguments.seed,
-        micro_batch_domains=arguments.micro_batch_domains,
-    )
-    batches = iter(DataLoader(blocks.with_format("torch"), batch_sampler=sampler))
-    set_seed(arguments.seed)
-    model = MoEForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
-
-    measured: dict[int, list[dict]] = {step: [] for step in arguments.at}
-    losses = []
-    for step in tqdm(range(1, steps + 1), unit="step"):
-        batch = [
-            {name: value for name, value in next(batches).items() if name in ("input_ids", "position_ids", "labels")}
-            for _ in range(micro_batches)
-        ]
+    batches = arguments.batches(blocks, steps, micro_batches)
+    for number, batch in enumerate(tqdm(batches, total=steps, unit="step"), start=1):
         for at in arguments.at:
-            if at - 3 < step <= at:
+            if at - 3 < number <= at:
                 measured[at].append(measure(model, batch, arguments.layouts))
-        items = sum(int(micro_batch["labels"][:, 1:].ne(-100).sum()) for micro_batch in batch)
-        total = 0.0
-        for micro_batch in batch:
-            outputs = model(**micro_batch, num_items_in_batch=items, use_cache=False)
-            outputs.loss.backward()
-            total += float(outputs.lm_loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        model.balancer.after_optimizer_step()
-        losses.append(total)
+        losses.append(step(model, optimizer, schedule, batch))
 
     write_json(
         Path(arguments.output),
@@ -196,7 +158,7 @@ def main() -> None:
             "versions": {name: version(name) for name in ("torch", "transformers")},
             "tokens": steps * micro_batches * arguments.micro_batch_size * arguments.block_size,
             "lm_loss_end": mean(losses[-10:]),
-            "steps": {str(step): found for step, found in measured.items()},
+            "steps": {str(at): found for at, found in measured.items()},
         },
     )
     print(json.dumps(measured[arguments.at[-1]][-1], indent=1))
