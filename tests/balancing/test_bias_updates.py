@@ -179,9 +179,9 @@ def test_histogram_finds_the_exact_quantile(experts: int, seed: int, centre: flo
 
 def test_saturated_sigmoids_do_not_stall() -> None:
     # All margins within a hundredth: of a thousand fixed bins over [-1, 1], four would hold them.
-    scores = draw_scores(20_000, 256, centre=7.0, spread=0.3)
+    scores = draw_scores(3000, 256, centre=7.0, spread=0.3)
     assert max_vio(selections(scores, torch.zeros(1, 256), 8)).item() > 3
-    _, vio = run(QuantileUpdate(), 0.2, 60, scores, 8)
+    _, vio = run(QuantileUpdate(), 0.2, 40, scores, 8)
     assert vio < 0.1
 
 
