@@ -129,7 +129,8 @@ class Balancer:
         """This rank's counts since the last optimizer step, where no loss needs the others' before it."""
         self._tokens: Tensor | None = None
         """Tokens routed in all optimizer steps made."""
-        self._max_vio_trend: dict[str, Tensor] = {}
+        self._max_vio_trend: Tensor | None = None
+        """`[2, L]`: MaxVio, as running means over about 10 and about 100 global batches."""
 
     def _make_bias_update(self) -> BiasUpdate:
         settings = self._initial_settings
@@ -221,20 +222,20 @@ class Balancer:
             ]
         )
         experts = torch.stack([layer.to(device) for layer in selected_experts])
+        tokens = None if mask is None else mask.to(device).reshape(-1)
         if mask is None:
-            mask = torch.ones(batch_size, experts.shape[1] // batch_size, dtype=torch.bool, device=device)
+            mask = torch.ones(batch_size, experts.shape[1] // max(batch_size, 1), dtype=torch.bool, device=device)
         mask = mask.to(device)
-        tokens = mask.reshape(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._has_loss()):
             scores = routing_scores(logits, self.scoring_func)
             mean_score = mean_scores(scores, tokens)
         with torch.no_grad():
-            counts = self._count(experts, mean_score, mask, num_labels)
+            counts = self._count(experts, mean_score, mask, tokens, num_labels)
         observation = Observation(logits, experts, scores, mean_score, mask, counts, pending=None)
         if self.in_prepass:
             self._whole = counts if self._whole is None else self._whole + counts
             return observation
-        if self._moves_biases():
+        if self._moves_biases() and self._bias_update.needs_scores:
             assert self._biases is not None
             with torch.no_grad():
                 biases = torch.stack([bias.to(device) for bias in self._biases()])
@@ -245,9 +246,11 @@ class Balancer:
             self._unsynchronised = counts if self._unsynchronised is None else self._unsynchronised + counts
         return observation
 
-    def _count(self, experts: Tensor, mean_score: Tensor, mask: Tensor, num_labels: Tensor | int) -> LoadCounts:
+    def _count(
+        self, experts: Tensor, mean_score: Tensor, mask: Tensor, kept: Tensor | None, num_labels: Tensor | int
+    ) -> LoadCounts:
         tokens = mask.sum()
-        load = count_selections(experts, self.num_experts, mask.reshape(-1))
+        load = count_selections(experts, self.num_experts, kept)
         slowdowns = [expert_parallel_slowdown(load, size) for size in self.expert_parallel_sizes]
         return LoadCounts(
             load=load,
@@ -388,11 +391,10 @@ class Balancer:
                 bias.copy_(new)
 
     def _follow_trend(self, counts: LoadCounts) -> None:
-        """Running means of MaxVio over about 10 and about 100 global batches."""
-        vio = max_vio(counts.load)
-        for name, keep in (("short", 0.9), ("long", 0.99)):
-            before = self._max_vio_trend.get(name, vio).to(vio.device)
-            self._max_vio_trend[name] = keep * before + (1 - keep) * vio
+        vio = max_vio(counts.load).expand(2, -1)
+        before = vio if self._max_vio_trend is None else self._max_vio_trend.to(vio.device)
+        keep = torch.tensor([[0.9], [0.99]], device=vio.device)
+        self._max_vio_trend = keep * before + (1 - keep) * vio
 
     def _follow_schedule(self) -> None:
         schedule = self._initial_settings.balancing_schedule
@@ -421,12 +423,12 @@ class Balancer:
             - with `loss_free`, `bias_range`, largest minus smallest bias.
         """
         counts = self.synchronizer.previous
-        if counts is None or not self._max_vio_trend:
+        if counts is None or self._max_vio_trend is None:
             return {}
         fraction = load_fraction(counts.load)
         lbl = load_balancing_loss(fraction.double(), counts.score_mean()).float()
         uneven = counts.uneven_mean().float()
-        trend = self._max_vio_trend
+        short, long = self._max_vio_trend.to(lbl.device)
         metrics = {
             "load": counts.load,
             "tokens": counts.tokens,
@@ -438,7 +440,7 @@ class Balancer:
             "dead_experts": dead_experts(counts.load),
             "largest_share": fraction.amax(dim=-1),
             "smallest_share": fraction.amin(dim=-1),
-            "token_gerrymandering": (lbl < 0.99) & (trend["short"] > 1.1 * trend["long"]),
+            "token_gerrymandering": (lbl < 0.99) & (short > 1.1 * long),
         }
         # Not strict: counts of a resumed run may have been made for other sizes.
         for size, slowdown in zip(self.expert_parallel_sizes, uneven[:, 1:].unbind(dim=-1), strict=False):
@@ -448,10 +450,11 @@ class Balancer:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to go on from here, as tensors and integers. The biases are the model's and are saved with it.
+        """Everything to go on from here, in numbers and lists. The biases are the model's and are saved with it.
 
-        Between optimizer steps it is the same on every rank, so that one rank's serves any number of ranks; in the
-        middle of accumulation each rank has its own.
+        It can be written as JSON; its keys depend on the bias rule alone, so that a distributed checkpoint, which
+        loads what its destination names, loads all of it. Between optimizer steps it is the same on every rank, and
+        one rank's serves any number of ranks; in the middle of accumulation each rank has its own.
         """
         counts = {
             "running": self.synchronizer.running,
@@ -460,27 +463,37 @@ class Balancer:
             "whole": self._whole,
         }
         return {
-            "counts": {name: value.pack() for name, value in counts.items() if value is not None},
-            "num_layers": next((len(value.load) for value in counts.values() if value is not None), 0),
+            "num_layers": max((len(value.load) for value in counts.values() if value is not None), default=0),
+            "counts": {name: None if value is None else value.pack().tolist() for name, value in counts.items()},
             "steps": self.steps,
             "tokens": 0 if self._tokens is None else int(self._tokens),
-            "max_vio_trend": dict(self._max_vio_trend),
+            "max_vio_trend": None if self._max_vio_trend is None else self._max_vio_trend.tolist(),
             "bias_update_rule": self._initial_settings.bias_update_rule,
-            "bias_update": self._bias_update.state_dict(),
+            "bias_update": {
+                name: None if value is None else value.tolist()
+                for name, value in self._bias_update.state_dict().items()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`, also into a Balancer with other settings: a run may resume in another mode. The
         state of another bias rule is left out."""
         counts = {
-            name: LoadCounts.unpack(packed, state["num_layers"], self.num_experts)
+            name: None
+            if packed is None
+            else LoadCounts.unpack(torch.tensor(packed), state["num_layers"], self.num_experts)
             for name, packed in state["counts"].items()
         }
-        self.synchronizer.running, self.synchronizer.previous = counts.get("running"), counts.get("previous")
-        self._unsynchronised, self._whole = counts.get("unsynchronised"), counts.get("whole")
+        self.synchronizer.running, self.synchronizer.previous = counts["running"], counts["previous"]
+        self._unsynchronised, self._whole = counts["unsynchronised"], counts["whole"]
         self.steps = state["steps"]
         self._tokens = torch.tensor(state["tokens"])
-        self._max_vio_trend = dict(state["max_vio_trend"])
+        trend = state["max_vio_trend"]
+        self._max_vio_trend = None if trend is None else torch.tensor(trend)
         if state["bias_update_rule"] == self._initial_settings.bias_update_rule:
-            self._bias_update.load_state_dict(state["bias_update"])
+            # In float64, which holds whatever a rule keeps; a rule takes its own type again.
+            saved = state["bias_update"].items()
+            self._bias_update.load_state_dict(
+                {name: None if value is None else torch.tensor(value, dtype=torch.float64) for name, value in saved}
+            )
         self._follow_schedule()

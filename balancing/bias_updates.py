@@ -53,6 +53,8 @@ class BiasUpdate:
 
     default_rate: ClassVar[float]
     """The rate where none is given."""
+    needs_scores: ClassVar[bool] = False
+    """Whether the rule looks at each micro-batch's scores (`observe`)."""
 
     def observe(self, scores: Tensor, biases: Tensor, num_experts_per_tok: int, mask: Tensor | None) -> None:
         """Take in a micro-batch before its load is known; most rules need no more than the load.
@@ -85,12 +87,12 @@ class BiasUpdate:
     def forget(self) -> None:
         """Drop what was gathered since the last optimizer step: the step is over, or was not made."""
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor | None]:
         """What the rule keeps from batch to batch."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        """The inverse of `state_dict`; the tensors may come in float64 and on the CPU."""
 
 
 class SignUpdate(BiasUpdate):
@@ -155,8 +157,9 @@ class TanhMomentumUpdate(BiasUpdate):
         self._mean_step = self.momentum * before + (1 - self.momentum) * step
         return biases + self._mean_step
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {} if self._mean_step is None else {"mean_step": self._mean_step}
+    def state_dict(self) -> dict[str, Tensor | None]:
+        return {"mean_step": self._mean_step}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._mean_step = state.get("mean_step")
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        mean_step = state["mean_step"]
+        self._mean_step = None if mean_step is None else mean_step.float()

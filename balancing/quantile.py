@@ -30,6 +30,7 @@ class QuantileUpdate(BiasUpdate):
     """
 
     default_rate = 0.2
+    needs_scores = True
 
     def __init__(self) -> None:
         self._low: Tensor | None = None
@@ -51,7 +52,7 @@ class QuantileUpdate(BiasUpdate):
         ones = torch.ones_like(index) if mask is None else mask.long()[:, None].expand_as(index).contiguous()
         counts = torch.zeros(*biases.shape, BINS + 2, dtype=torch.long, device=scores.device)
         counts.scatter_add_(-1, index.transpose(1, 2), ones.transpose(1, 2))
-        self._counts = counts if self._counts is None else self._counts + counts
+        self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
 
     @staticmethod
     def _margins(scores: Tensor, biases: Tensor, num_experts_per_tok: int) -> Tensor:
@@ -104,9 +105,9 @@ class QuantileUpdate(BiasUpdate):
     def forget(self) -> None:
         self._counts = None
 
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {"low": self._low, "high": self._high, "counts": self._counts}
-        return {name: value for name, value in state.items() if value is not None}
+    def state_dict(self) -> dict[str, Tensor | None]:
+        return {"low": self._low, "high": self._high, "counts": self._counts}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._low, self._high, self._counts = (state.get(name) for name in ("low", "high", "counts"))
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        self._low, self._high, counts = state["low"], state["high"], state["counts"]
+        self._counts = None if counts is None else counts.long()

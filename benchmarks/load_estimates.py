@@ -3,7 +3,8 @@
 Trains a preset on real text with `load_estimate: running`. At some steps the global batch is put through the model
 once more, and the gradient of the load-balancing loss is taken under each estimate, as `ranks x accumulation` would
 see it: ranks are consecutive micro-batches whose counts are summed, which is what the synchronizer does in processes.
-The last three batches up to each of `--at` are measured. About 8 minutes on one core with 8 micro-batches of 512 tokens.
+The last three batches up to each of `--at` are measured.
+About 10 minutes on one core with 8 micro-batches of 512 tokens.
 
 python benchmarks/load_estimates.py --data CORPUS --output RESULT.json --layouts 1x8 2x4
 """

@@ -6,6 +6,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -335,7 +336,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
     def selection_biases(self) -> list[Tensor]:
         """The routers' selection biases, fp32 `[E]` each, in layer order."""
-        return [block.gate.e_score_correction_bias for block in self._moe_blocks()]
+        return [_unwrapped(block.gate).e_score_correction_bias for block in self._moe_blocks()]
 
     def trained_routers(self) -> list[bool]:
         """Whether each layer's router is being trained, in layer order: a frozen one is not balanced either."""
@@ -346,13 +347,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
         Read it between the backward pass and `zero_grad`, on parameters that are whole (not under FSDP).
         """
-        layers = [[weight.grad for weight in block.experts.parameters()] for block in self._moe_blocks()]
-        norms = [
-            expert_gradient_norms(*(gradient for gradient in gradients if gradient is not None))
-            for gradients in layers
-            if any(gradient is not None for gradient in gradients)
-        ]
-        return torch.stack(norms) if len(norms) == len(layers) > 0 else None
+        norms = []
+        for block in self._moe_blocks():
+            experts = _unwrapped(block.experts)
+            gradients = experts.gate_up_proj.grad, experts.down_proj.grad
+            if gradients[0] is None or gradients[1] is None:
+                return None
+            norms.append(expert_gradient_norms(*gradients))
+        return torch.stack(norms) if norms else None
 
     def _moe_blocks(self) -> list[MoEBlock]:
         return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoEBlock)]
@@ -462,6 +464,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if labels is None:
             return None
         return torch.nn.functional.pad(labels[..., 1:].ne(-100), (0, 1))
+
+
+def _unwrapped(module: nn.Module) -> Any:
+    """The module itself, where PEFT has put a wrapper for adapters of its parameters in its place."""
+    unwrap: Any = getattr(module, "get_base_layer", None)
+    return module if unwrap is None else unwrap()
 
 
 __all__ = ["MoEForCausalLM", "MoEModel", "MoEPreTrainedModel"]

@@ -84,32 +84,6 @@ def test_completed_estimate_forgets_a_skipped_batch_and_survives_saving() -> Non
         torch.testing.assert_close(candidate.synchronizer.completed_load(), expected.double())
 
 
-def test_layers_are_not_pooled() -> None:
-    # transformers#28255: four layers, each collapsed onto another expert, look balanced when pooled.
-    layers = 4
-    logits = [torch.zeros(8, layers).index_fill(1, torch.tensor([layer]), 20.0) for layer in range(layers)]
-    experts = [layer.topk(1).indices for layer in logits]
-    balancer = Balancer("micro_batch", num_experts=layers)
-    term = balancer.loss(balancer.observe(logits, experts, batch_size=1)).terms["load_balancing_loss"]
-    assert term.item() == pytest.approx(layers, rel=1e-3)
-
-
-@pytest.mark.parametrize("mode", ["micro_batch", "sequence", "global_batch"])
-@pytest.mark.parametrize("steps", [2, 4])
-def test_the_coefficient_means_the_same_under_any_accumulation(mode: str, steps: int) -> None:
-    # transformers#48690: the stock loss grows with the number of accumulation steps.
-    logits, experts = routing(8, 0)
-    gradients = []
-    for micro_batches in (1, steps):
-        balancer = Balancer(mode, num_experts=E, load_estimate="current")
-        total = torch.zeros((), dtype=torch.float64)
-        for _ in range(micro_batches):  # the same tokens again and again: the mean must not move
-            observed = balancer.observe(logits, experts, batch_size=2, num_labels=7)
-            total = total + balancer.loss(observed, 7 * micro_batches).total
-        gradients.append(torch.autograd.grad(total, logits))
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
 def test_terms_add_up_with_their_coefficients() -> None:
     logits, experts = routing(8, 0)
     balancer = Balancer(
