@@ -82,6 +82,7 @@ class LoadCountSynchronizer:
 
         `C + max(0, 1 - T / T_previous) * C_previous`, with `C` and `T` the selections and tokens so far. Where
         micro-batches differ from one another, the first ones then meet the load of all of them, not their own alone.
+        A batch that follows one without accumulation is taken to have none either: nothing of it is unseen.
 
         Returns:
             Selections `[L, E]`, float64; those of `running` before the first global batch is whole.
@@ -92,7 +93,8 @@ class LoadCountSynchronizer:
             return load
         previous = self.previous.to(load.device)
         unseen = (1 - self.running.tokens / previous.tokens.clamp(min=1).double()).clamp(min=0)
-        return load + unseen * previous.load
+        accumulated = previous.micro_batches > self.world_size
+        return load + unseen * accumulated * previous.load
 
     def close(self, *, skipped: bool = False) -> LoadCounts | None:
         """End the global batch: an optimizer step has been made, or `skipped`.

@@ -25,11 +25,11 @@ class BalancingFields:
     accumulation, number of experts, of layers, and padding."""
     router_z_loss_coef: float | int = 0.0
     """Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906), in any mode."""
-    load_estimate: LoadEstimate = "running"
+    load_estimate: LoadEstimate = "completed"
     """Which load stands for the global batch's while it is being accumulated: `current`, the synchronised counts of
     this micro-step; `running`, those of all micro-steps since the last optimizer step (the paper's buffer);
-    `completed`, these and the previous global batch's load for the part not yet seen; `exact`, the whole batch's own,
-    counted beforehand by `Balancer.prepass`."""
+    `completed`, these and the previous global batch's load for the part not yet seen (closest to `exact`, as
+    measured); `exact`, the whole batch's own, counted beforehand by `Balancer.prepass`."""
     balanced_positions: BalancedPositions = "tokens"
     """Which positions are counted and balanced: all `tokens`, or only those that bear loss, the `labels`."""
     bias_update_rule: BiasUpdateRule = "sign"

@@ -26,7 +26,7 @@ def lbl(logits: Tensor, load: Tensor) -> Tensor:
 
 
 def test_running_estimate_is_the_written_formula() -> None:
-    balancer = Balancer("global_batch", num_experts=E, router_aux_loss_coef=0.5)
+    balancer = Balancer("global_batch", num_experts=E, router_aux_loss_coef=0.5, load_estimate="running")
     sizes, labels, items = [4, 10, 6], [3, 9, 8], 20
     load = torch.zeros(L, E, dtype=torch.long)
     for size, label, seed in zip(sizes, labels, range(3), strict=True):
@@ -72,10 +72,11 @@ def test_completed_estimate_is_the_written_formula() -> None:
 def test_completed_estimate_forgets_a_skipped_batch_and_survives_saving() -> None:
     balancer, resumed = (Balancer("global_batch", num_experts=E, load_estimate="completed") for _ in range(2))
     for seed, skipped in ((0, False), (1, True)):
-        logits, experts = routing(6, seed)
-        balancer.loss(balancer.observe(logits, experts, batch_size=1))
+        for logits, experts in (routing(4, seed), routing(2, seed + 10)):
+            balancer.loss(balancer.observe(logits, experts, batch_size=1))
         balancer.after_optimizer_step(skipped=skipped)
-    first = torch.stack([counted(layer) for layer in routing(6, 0)[1]])
+    batch = zip(routing(4, 0)[1], routing(2, 10)[1], strict=True)
+    first = torch.stack([counted(torch.cat(layers)) for layers in batch])
     resumed.load_state_dict(balancer.state_dict())
     logits, experts = routing(3, 2)
     for candidate in (balancer, resumed):
@@ -168,3 +169,45 @@ def test_state_of_a_batch_under_way_survives() -> None:
 def test_unknown_settings_are_refused(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Balancer(**arguments, num_experts=E)
+
+
+@pytest.mark.parametrize("mode", ["none", "micro_batch", "sequence", "global_batch", "loss_free"])
+@pytest.mark.parametrize("rule", ["sign", "quantile"])
+def test_a_micro_batch_without_sequences_divides_by_nothing(mode: str, rule: str) -> None:
+    biases = [torch.zeros(E) for _ in range(L)]
+    balancer = Balancer(
+        mode,
+        num_experts=E,
+        biases=lambda: biases,
+        bias_update_rule=rule,
+        router_z_loss_coef=0.1,
+        complementary_balancing_mode="none" if mode == "sequence" else "sequence",
+    )
+    logits, experts = [torch.zeros(0, E, requires_grad=True) for _ in range(L)], [torch.zeros(0, K).long()] * L
+    for items in (None, 0, 5):
+        result = balancer.loss(balancer.observe(logits, experts, batch_size=0), items)
+        assert result.total.item() == 0
+        result.total.backward()
+    balancer.after_optimizer_step()
+    assert all(bias.abs().max() == 0 for bias in biases)
+    assert all(torch.isfinite(value.double()).all() for value in balancer.metrics().values())
+
+
+def test_exact_without_a_prepass_is_refused() -> None:
+    balancer = Balancer("global_batch", num_experts=E, load_estimate="exact")
+    logits, experts = routing(4, 0)
+    with pytest.raises(RuntimeError, match="exact needs each global batch to go through"):
+        balancer.loss(balancer.observe(logits, experts, batch_size=1))
+
+
+def test_a_prepass_that_saw_another_batch_is_refused() -> None:
+    balancer = Balancer("global_batch", num_experts=E, load_estimate="exact")
+    with balancer.prepass():
+        balancer.observe(*routing(4, 0), batch_size=1)
+        with pytest.raises(RuntimeError, match="prepass must not be inside another"), balancer.prepass():
+            pass
+    balancer.loss(balancer.observe(*routing(5, 1), batch_size=1))
+    with pytest.raises(RuntimeError, match="it saw 4 tokens, the step 5"):
+        balancer.after_optimizer_step()
+    with pytest.raises(RuntimeError, match="at least one micro-batch"), balancer.prepass():
+        pass

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from equipoise import MoEConfig
 from equipoise.balancing import (
     Balancer,
     BiasUpdate,
@@ -18,6 +19,7 @@ from equipoise.balancing import (
     TanhMomentumUpdate,
     max_vio,
 )
+from equipoise.modeling import MoERouter
 
 loads = st.integers(2, 24).flatmap(
     lambda experts: st.lists(
@@ -134,6 +136,30 @@ def test_every_rule_brings_balance_and_stays_centred(rule: type[BiasUpdate], rat
     assert vio < 0.06
     # Uncentred, one released model's biases drifted to 7, where bf16 leaves them 8 values.
     assert abs(biases.mean().item()) < 1e-5
+
+
+def test_group_limited_routing_is_brought_to_balance_too() -> None:
+    config = MoEConfig(hidden_size=16, head_dim=2, num_experts=16, num_experts_per_tok=2, n_group=4, topk_group=2)
+    config.scoring_func = "sigmoid"
+    torch.manual_seed(0)
+    gate = MoERouter(config)
+    torch.nn.init.normal_(gate.weight, std=0.3)
+    tokens = torch.randn(3000, 16) + 0.7  # a common direction: some experts are everyone's first choice
+    biases = [gate.e_score_correction_bias]
+    balancer = Balancer(
+        "loss_free", num_experts=16, scoring_func="sigmoid", bias_update_rate=0.003, biases=lambda: biases
+    )
+    vio = []
+    for _ in range(400):
+        with torch.no_grad():
+            logits, _, experts = gate(tokens)
+        groups = experts // 4
+        assert ((groups == groups[:, :1]) | (groups == groups[:, 1:])).all()
+        balancer.observe([logits], [experts], batch_size=1)
+        balancer.after_optimizer_step()
+        vio.append(balancer.metrics()["max_vio_batch"].item())
+    assert vio[0] > 1
+    assert min(vio[-20:]) < 0.1
 
 
 def test_biases_of_a_released_model_keep_their_mean_under_centred_sign() -> None:

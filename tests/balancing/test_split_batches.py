@@ -303,7 +303,7 @@ def test_exact_equals_one_big_batch_under_any_accumulation(
 @pytest.mark.processes
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @oracle_settings
-@given(seeds, dtypes, loops, scorings, st.sampled_from(["running", "current"]))
+@given(seeds, dtypes, loops, scorings, st.sampled_from(["running", "current", "completed"]))
 def test_without_accumulation_every_estimate_equals_one_big_batch(
     run_processes: Callable[..., list[Any]],
     world_size: int,
