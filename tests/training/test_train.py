@@ -280,3 +280,40 @@ def test_the_script_says_one_line_and_fails(tmp_path: Path) -> None:
     done = subprocess.run([*script, "--preset=none"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "error: preset must be a folder with a config.json; got none"
+
+
+def test_a_schedule_and_the_costs_of_imbalance_in_a_run(corpus: Path, tmp_path: Path) -> None:
+    overrides = ARCHITECTURE | {
+        "balancing_mode": "micro_batch",
+        "balancing_schedule": [{"step": 2, "balancing_mode": "loss_free"}],
+        "bias_update_rule": "quantile",
+    }
+    values = settings(corpus, tmp_path / "run", max_steps=4, logging_steps=1, config_overrides=overrides)
+    values |= {"expert_parallel_sizes": [2, 4], "log_expert_gradients": True}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+    run = train(parse_run_settings([str(tmp_path / "settings.yaml")]))
+    metrics, loads = (
+        [json.loads(line) for line in (run.path / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "load.jsonl")
+    )
+    assert ["load_balancing_loss" in line for line in metrics] == [True, True, False, False]
+    for line in metrics:
+        for size in (2, 4):
+            assert 1 <= line[f"expert_parallel_slowdown_{size}"] <= size
+    biases = AutoModelForCausalLM.from_pretrained(run.path / "model").selection_biases()
+    assert all(bias.abs().max() > 0 for bias in biases)
+    for line in loads:
+        norms, load = torch.tensor(line["expert_grad_norm"]), torch.tensor(line["load"])
+        assert norms.shape == (2, 8)
+        assert torch.equal(norms > 0, load > 0)
+    # What was run is what is written: the settings file repeats it.
+    again = parse_run_settings([str(run.path / "settings.yaml"), "--output_dir", "elsewhere"])
+    assert again[2].expert_parallel_sizes == [2, 4]
+
+
+def test_a_simulated_group_must_divide_the_experts(corpus: Path, tmp_path: Path) -> None:
+    values = settings(corpus, tmp_path / "run", expert_parallel_sizes=[3])
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=r"expert_parallel_sizes must divide num_experts \(8\); got 3"):
+        train(parse_run_settings([str(tmp_path / "settings.yaml")]))
+    assert not (tmp_path / "run").exists()
