@@ -106,6 +106,9 @@ class Balancer:
         expert_parallel_sizes: Sequence[int] = (),
         **settings: Any,
     ) -> None:
+        for size in expert_parallel_sizes:
+            if size < 1 or num_experts % size:
+                raise ValueError(f"expert_parallel_sizes must divide num_experts ({num_experts}); got {size}")
         self._initial_settings = BalancingSettings(balancing_mode=balancing_mode, **settings)
         self.settings = self._initial_settings.at(steps=0, tokens=0)
         """The settings now in force; `balancing_schedule` changes them at the end of a step."""
@@ -186,6 +189,9 @@ class Balancer:
         try:
             with torch.no_grad():
                 yield
+        except BaseException:
+            self._whole = None
+            raise
         finally:
             self.in_prepass = False
         if self._whole is None:
@@ -212,7 +218,11 @@ class Balancer:
             batch_size: `B`.
             mask: boolean `[B, T]`, true for the positions to count; `None` counts every position.
             num_labels: how many positions of the micro-batch bear loss.
+
+        Raises:
+            RuntimeError: `load_estimate` is `exact` and no pre-pass has counted this global batch.
         """
+        self._require_prepass()
         device = selected_experts[0].device
         trained = [True] * len(router_logits) if self._trained is None else self._trained()
         logits = torch.stack(
@@ -226,6 +236,9 @@ class Balancer:
         if mask is None:
             mask = torch.ones(batch_size, experts.shape[1] // max(batch_size, 1), dtype=torch.bool, device=device)
         mask = mask.to(device)
+        if tokens is not None:
+            # Whatever padding holds, even NaN, comes neither into a sum nor into a gradient.
+            logits = torch.where(tokens[:, None], logits, 0.0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._has_loss()):
             scores = routing_scores(logits, self.scoring_func)
             mean_score = mean_scores(scores, tokens)
@@ -257,7 +270,7 @@ class Balancer:
             score_sum=to_fixed_point(mean_score.double() * tokens),
             uneven=to_fixed_point(torch.stack([max_vio(load), *slowdowns], dim=-1)),
             tokens=tokens,
-            labels=torch.as_tensor(num_labels, dtype=torch.long, device=mask.device),
+            labels=tokens.new_full((), num_labels) if isinstance(num_labels, int) else num_labels.to(tokens),
             sequences=mask.any(dim=-1).sum(),
             micro_batches=torch.ones_like(tokens),
         )
@@ -283,8 +296,6 @@ class Balancer:
             observed: from `observe`.
             num_items_in_batch: positions that bear loss in the whole global batch.
 
-        Raises:
-            RuntimeError: `load_estimate` is `exact` and no pre-pass has counted this global batch.
         """
         logits = observed.router_logits
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -293,17 +304,19 @@ class Balancer:
             return BalancingLoss(total, {})
         counts = observed.counts
         if observed.pending is None:
-            if self._whole is None:
-                raise RuntimeError("load_estimate exact needs each global batch to go through Balancer.prepass first")
-            step = self._whole
+            assert self._whole is not None
+            step = self._whole.to(logits.device)
             loop = step.micro_batches.to(dtype) if num_items_in_batch is None else torch.ones_like(total)
         else:
             step = self.synchronizer.wait(observed.pending)
             if num_items_in_batch is None:
                 loop = torch.full_like(total, self.synchronizer.world_size)
             else:
-                items = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
-                loop = step.labels.to(dtype) / items.to(dtype)
+                if isinstance(num_items_in_batch, int):
+                    items = torch.full_like(total, num_items_in_batch)
+                else:
+                    items = num_items_in_batch.to(total)
+                loop = step.labels.to(dtype) / items.clamp(min=1)
         token_share = loop * counts.tokens.to(dtype) / step.tokens.clamp(min=1).to(dtype)
         sequence_share = loop * counts.sequences.to(dtype) / step.sequences.clamp(min=1).to(dtype)
 
@@ -349,21 +362,28 @@ class Balancer:
             skipped: the step was not made (a gradient scaler found an overflow): clear the counters, move nothing. A
                 tensor is read, which waits for its device.
         """
-        gathered = self._synchronise_rest()
-        counts = self.synchronizer.close(skipped=bool(skipped))
-        if counts is not None:
-            self._check_prepass(counts)
-            if self._moves_biases():
-                self._move_biases(counts.load, gathered)
-            self._follow_trend(counts)
-            self.steps += 1
-            self._tokens = counts.tokens if self._tokens is None else self._tokens + counts.tokens
-            self._follow_schedule()
-        self._bias_update.forget()
-        self._unsynchronised, self._whole = None, None
+        try:
+            gathered = self._synchronise_rest()
+            counts = self.synchronizer.close(skipped=bool(skipped))
+            if counts is not None:
+                self._check_prepass(counts)
+                if self._moves_biases():
+                    self._move_biases(counts.load, gathered)
+                self._follow_trend(counts)
+                self.steps += 1
+                self._tokens = counts.tokens if self._tokens is None else self._tokens + counts.tokens
+                self._follow_schedule()
+        finally:
+            self._bias_update.forget()
+            self._unsynchronised, self._whole = None, None
+
+    def _require_prepass(self) -> None:
+        exact = self._has_loss() and self.settings.load_estimate == "exact"
+        if exact and self._whole is None and not self.in_prepass:
+            raise RuntimeError("load_estimate exact needs each global batch to go through Balancer.prepass first")
 
     def _check_prepass(self, counts: LoadCounts) -> None:
-        if self._whole is not None and not torch.equal(self._whole.tokens, counts.tokens):
+        if self._whole is not None and int(self._whole.tokens) != int(counts.tokens):
             raise RuntimeError(
                 f"prepass must see the micro-batches of the optimizer step; it saw {int(self._whole.tokens)} tokens, "
                 f"the step {int(counts.tokens)}"
@@ -382,6 +402,8 @@ class Balancer:
 
     def _move_biases(self, load: Tensor, gathered: Tensor | None) -> None:
         assert self._biases is not None
+        if self._bias_update.needs_scores and gathered is None:
+            return  # resumed in the middle of a batch from another rule: it begins with the next
         biases = self._biases()
         stacked = torch.stack([bias.to(load.device) for bias in biases])
         moved = self._bias_update.update(stacked, load, self.bias_update_rate, gathered)
@@ -391,10 +413,14 @@ class Balancer:
                 bias.copy_(new)
 
     def _follow_trend(self, counts: LoadCounts) -> None:
-        vio = max_vio(counts.load).expand(2, -1)
-        before = vio if self._max_vio_trend is None else self._max_vio_trend.to(vio.device)
-        keep = torch.tensor([[0.9], [0.99]], device=vio.device)
-        self._max_vio_trend = keep * before + (1 - keep) * vio
+        vio = max_vio(counts.load)
+        if self._max_vio_trend is None:
+            # Not a number until there is a load: a batch without tokens is no balance.
+            self._max_vio_trend = torch.full_like(vio, torch.nan).expand(2, -1)
+        trend = self._max_vio_trend.to(vio.device)
+        trend = torch.where(trend.isnan(), vio, trend)
+        moved = torch.stack([trend[0].lerp(vio, 0.1), trend[1].lerp(vio, 0.01)])
+        self._max_vio_trend = torch.where(counts.tokens > 0, moved, self._max_vio_trend.to(vio.device))
 
     def _follow_schedule(self) -> None:
         schedule = self._initial_settings.balancing_schedule
@@ -442,11 +468,11 @@ class Balancer:
             "smallest_share": fraction.amin(dim=-1),
             "token_gerrymandering": (lbl < 0.99) & (short > 1.1 * long),
         }
-        # Not strict: counts of a resumed run may have been made for other sizes.
+        # Not strict: counts of a run that was resumed with other sizes hold none of these.
         for size, slowdown in zip(self.expert_parallel_sizes, uneven[:, 1:].unbind(dim=-1), strict=False):
             metrics[f"expert_parallel_slowdown_{size}"] = slowdown.mean()
         if self.settings.balancing_mode == "loss_free" and self._biases is not None:
-            metrics["bias_range"] = torch.stack([bias.max() - bias.min() for bias in self._biases()])
+            metrics["bias_range"] = torch.stack([(bias.max() - bias.min()).to(lbl.device) for bias in self._biases()])
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -465,6 +491,8 @@ class Balancer:
         return {
             "num_layers": max((len(value.load) for value in counts.values() if value is not None), default=0),
             "counts": {name: None if value is None else value.pack().tolist() for name, value in counts.items()},
+            "accumulated": self.synchronizer.accumulated,
+            "expert_parallel_sizes": list(self.expert_parallel_sizes),
             "steps": self.steps,
             "tokens": 0 if self._tokens is None else int(self._tokens),
             "max_vio_trend": None if self._max_vio_trend is None else self._max_vio_trend.tolist(),
@@ -484,7 +512,14 @@ class Balancer:
             else LoadCounts.unpack(torch.tensor(packed), state["num_layers"], self.num_experts)
             for name, packed in state["counts"].items()
         }
+        if state["expert_parallel_sizes"] != list(self.expert_parallel_sizes):
+            for name, value in counts.items():
+                if value is not None:  # MaxVio stays; the slowdown of other groups means nothing here
+                    measures = 1 if name == "previous" else 1 + len(self.expert_parallel_sizes)
+                    kept = value.uneven[:, :1]
+                    value.uneven = torch.nn.functional.pad(kept, (0, measures - 1))
         self.synchronizer.running, self.synchronizer.previous = counts["running"], counts["previous"]
+        self.synchronizer.accumulated = state["accumulated"]
         self._unsynchronised, self._whole = counts["unsynchronised"], counts["whole"]
         self.steps = state["steps"]
         self._tokens = torch.tensor(state["tokens"])

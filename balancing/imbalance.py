@@ -3,6 +3,8 @@
 `L` MoE layers, `E` experts.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def load_entropy(load: Tensor) -> Tensor:
         float32 `[...]`, between 0 and 1.
     """
     entropy = torch.special.entr(load_fraction(load)).sum(dim=-1)
-    return entropy / torch.log(torch.tensor(float(max(load.shape[-1], 2)), device=load.device))
+    return entropy / math.log(max(load.shape[-1], 2))
 
 
 def dead_experts(load: Tensor) -> Tensor:

@@ -40,24 +40,27 @@ class QuantileUpdate(BiasUpdate):
         """int64 `[L, E, BINS + 2]`, of this rank since the last optimizer step."""
 
     def observe(self, scores: Tensor, biases: Tensor, num_experts_per_tok: int, mask: Tensor | None) -> None:
-        scores, biases = scores.double(), biases.double()
+        biases = biases.double()
         if self._low is None or self._high is None:
             # Scores are between 0 and 1, so no margin lies outside.
             ones = torch.ones_like(biases)
             self._low, self._high = biases.amin(-1, True) - ones, biases.amax(-1, True) + ones
         self._low, self._high = self._low.to(scores.device), self._high.to(scores.device)
-        position = self._margins(scores, biases, num_experts_per_tok) - self._low[:, None]
-        position *= (BINS / (self._high - self._low))[:, None]
-        index = position.floor().clamp(-1, BINS).long() + 1
-        ones = torch.ones_like(index) if mask is None else mask.long()[:, None].expand_as(index).contiguous()
-        counts = torch.zeros(*biases.shape, BINS + 2, dtype=torch.long, device=scores.device)
-        counts.scatter_add_(-1, index.transpose(1, 2), ones.transpose(1, 2))
-        self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
+        layers = []
+        for layer in range(len(scores)):  # one at a time: `[N, E]` in float64 is enough to hold
+            position = self._margins(scores[layer].double(), biases[layer], num_experts_per_tok) - self._low[layer]
+            position *= BINS / (self._high[layer] - self._low[layer])
+            index = position.floor_().clamp_(-1, BINS).long().t() + 1  # [E, N]
+            ones = torch.ones_like(index) if mask is None else mask.long().expand_as(index)
+            counts = torch.zeros(len(index), BINS + 2, dtype=torch.long, device=scores.device)
+            layers.append(counts.scatter_add_(-1, index, ones))
+        found = torch.stack(layers)
+        self._counts = found if self._counts is None else self._counts.to(found.device) + found
 
     @staticmethod
     def _margins(scores: Tensor, biases: Tensor, num_experts_per_tok: int) -> Tensor:
-        """`cutoff_{-i} - s_i`, `[L, N, E]`: the bias above which the token would select the expert."""
-        biased = scores + biases[:, None]
+        """`cutoff_{-i} - s_i`, `[N, E]`: the bias above which the token would select the expert."""
+        biased = scores + biases
         last, first_left_out = biased.topk(num_experts_per_tok + 1).values[..., -2:].split(1, dim=-1)
         # Without a selected expert, the first that was left out moves up to be the K-th of the others.
         # Not a number only where a masked position holds none: there any margin will do.
@@ -81,10 +84,13 @@ class QuantileUpdate(BiasUpdate):
         # Not narrower than a sixteenth at a time, nor than fp32 biases can tell apart.
         reach = torch.maximum(reach.maximum(width / 16), 1e-6 * (1 + quantile.abs()))
         reach = torch.where(inside, reach, 2 * width)
-        self._low, self._high = quantile - reach, quantile + reach
-
         moved = centred((1 - rate) * biases.double() + rate * quantile)
-        return torch.where(tokens > 0, moved, biases.double()).float()
+
+        # A batch without tokens says nothing.
+        counted = tokens > 0
+        self._low = torch.where(counted, quantile - reach, self._low)
+        self._high = torch.where(counted, quantile + reach, self._high)
+        return torch.where(counted, moved, biases.double()).float()
 
     def _quantile(self, counts: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         """The margin `[L, E]` below which `share` of the tokens lie, and whether it lies inside the window.

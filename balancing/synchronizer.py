@@ -3,7 +3,9 @@
 `L` MoE layers, `E` experts.
 """
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,17 +44,37 @@ class LoadCountSynchronizer:
         """Counts over all ranks since the last optimizer step, or `None` when nothing was counted."""
         self.previous: LoadCounts | None = None
         """Counts of the last whole global batch, or `None` before the first."""
+        self.accumulated = False
+        """Whether the last whole global batch was counted in more than one micro-step."""
+        self._micro_steps = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoadCountSynchronizer":
+        """A copy in the same group: copying a model must not stumble over what no one can copy."""
+        twin = LoadCountSynchronizer(self.process_group)
+        for name, value in vars(self).items():
+            if name != "process_group":
+                setattr(twin, name, copy.deepcopy(value, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the group, which means nothing in another process."""
+        return vars(self) | {"process_group": None}
+
+    @property
+    def in_group(self) -> bool:
+        """Whether there is a process group to sum over, if only of one rank."""
+        return dist.is_available() and dist.is_initialized()
 
     @property
     def world_size(self) -> int:
         """Ranks that take part; 1 without a process group."""
-        return dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
+        return dist.get_world_size(self.process_group) if self.in_group else 1
 
     def start(self, counts: LoadCounts) -> PendingCounts:
         """Launch the all-reduce of this rank's counts; returns at once."""
         packed = counts.pack()
         work = None
-        if self.world_size > 1:
+        if self.in_group:
             work = dist.all_reduce(packed, group=self.process_group, async_op=True)
         num_layers, num_experts = counts.load.shape
         return PendingCounts(packed, num_layers, num_experts, work)
@@ -67,12 +89,13 @@ class LoadCountSynchronizer:
 
     def add(self, counts: LoadCounts) -> None:
         """Add counts that are summed over the ranks already."""
+        self._micro_steps += 1
         self.running = counts if self.running is None else self.running + counts
 
     def sum_over_ranks(self, *integers: Tensor) -> list[Tensor]:
         """Integer tensors summed over the ranks in one all-reduce, which is waited for."""
         packed = torch.cat([tensor.flatten() for tensor in integers])
-        if self.world_size > 1:
+        if self.in_group:
             dist.all_reduce(packed, group=self.process_group)
         parts = packed.split([tensor.numel() for tensor in integers])
         return [part.view(tensor.shape) for part, tensor in zip(parts, integers, strict=True)]
@@ -89,12 +112,11 @@ class LoadCountSynchronizer:
         """
         assert self.running is not None
         load = self.running.load.double()
-        if self.previous is None:
+        if self.previous is None or not self.accumulated:
             return load
         previous = self.previous.to(load.device)
         unseen = (1 - self.running.tokens / previous.tokens.clamp(min=1).double()).clamp(min=0)
-        accumulated = previous.micro_batches > self.world_size
-        return load + unseen * accumulated * previous.load
+        return load + unseen * previous.load
 
     def close(self, *, skipped: bool = False) -> LoadCounts | None:
         """End the global batch: an optimizer step has been made, or `skipped`.
@@ -103,7 +125,8 @@ class LoadCountSynchronizer:
             The counts of the global batch, which become `previous`; `None` if it was skipped or held nothing.
         """
         counts, self.running = self.running, None
+        accumulated, self._micro_steps = self._micro_steps > 1, 0
         if skipped or counts is None:
             return None
-        self.previous = counts
+        self.previous, self.accumulated = counts, accumulated
         return counts

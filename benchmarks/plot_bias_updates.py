@@ -34,8 +34,10 @@ def draw(runs: dict[str, dict], path: Path) -> None:
         steps = [int(step) for step in run["max_vio_global"]]
         held_out.plot(steps, over_layers(list(run["max_vio_global"].values())), **style)
     batch.set(title="global batch (mean over 20 steps)", xlabel="optimizer step", ylabel="MaxVio, mean over layers")
-    held_out.set(title="held-out text", xlabel="optimizer step", ylim=(0, 2.5))
+    held_out.set(title="held-out text", xlabel="optimizer step", xlim=batch.get_xlim())
     for axes in (batch, held_out):
+        axes.set_yscale("log", base=2)  # from collapse to balance in one picture
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)

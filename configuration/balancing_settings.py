@@ -52,7 +52,8 @@ class BalancingFields:
     """Coefficient of the complementary load-balancing loss."""
     balancing_schedule: list[dict[str, Any]] | None = None
     """Changes during training, in order: `[{step: 1000, balancing_mode: global_batch}, {tokens: 2000000000,
-    bias_update_rate: 0}]`. Each acts once that many optimizer steps have been made, or that many tokens routed."""
+    bias_update_rate: 0}]`. Each acts once that many optimizer steps have been made, or that many tokens routed, and
+    the changes before it have acted."""
 
     def validate_balancing(self):
         """Raises ValueError, naming the field, for values that cannot be."""
@@ -64,13 +65,16 @@ class BalancingFields:
             "complementary_aux_loss_coef",
         ):
             value = getattr(self, name)
+            if name == "bias_update_rate" and value is None:
+                continue
             # Written so that NaN is refused too.
-            if value is not None and not 0 <= value < math.inf:
+            if not _is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite; got {value}")
-        if not 0 <= self.bias_update_rate_decay <= 1:
-            raise ValueError(f"bias_update_rate_decay must be between 0 and 1; got {self.bias_update_rate_decay}")
-        if not 0 <= self.bias_update_momentum < 1:
-            raise ValueError(f"bias_update_momentum must be at least 0 and below 1; got {self.bias_update_momentum}")
+        decay, momentum = self.bias_update_rate_decay, self.bias_update_momentum
+        if not _is_number(decay) or not 0 <= decay <= 1:
+            raise ValueError(f"bias_update_rate_decay must be between 0 and 1; got {decay}")
+        if not _is_number(momentum) or not 0 <= momentum < 1:
+            raise ValueError(f"bias_update_momentum must be at least 0 and below 1; got {momentum}")
         if self.bias_update_rule == "quantile" and (self.bias_update_rate or 0) > 1:
             raise ValueError(f"bias_update_rate must be at most 1 with the quantile rule; got {self.bias_update_rate}")
         if self.complementary_balancing_mode != "none" and self.complementary_balancing_mode == self.balancing_mode:
@@ -131,9 +135,14 @@ class BalancingSettings(BalancingFields):
         """The settings after so many optimizer steps and routed tokens, by the schedule."""
         settings = self
         for change in self.balancing_schedule or []:
-            if steps >= change.get("step", math.inf) or tokens >= change.get("tokens", math.inf):
-                settings = settings.changed(change)
+            if steps < change.get("step", 0) or tokens < change.get("tokens", 0):
+                break  # a change waits for the one before it: so every state there can be has been checked
+            settings = settings.changed(change)
         return settings
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_schedule(schedule: Sequence[Mapping[str, Any]]) -> None:
@@ -145,8 +154,8 @@ def _check_schedule(schedule: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"{where} must be a mapping with either step or tokens; got {change}")
         when = "step" if "step" in change else "tokens"
         value = change[when]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not reached[when] <= value < math.inf:
-            raise ValueError(f"{where}.{when} must be a number of at least {reached[when]}; got {value}")
+        if not _is_number(value) or not reached[when] <= value < math.inf or value != int(value):
+            raise ValueError(f"{where}.{when} must be a whole number of at least {reached[when]}; got {value}")
         reached[when] = value
         for name in change:
             if name != when and name not in SCHEDULABLE:

@@ -354,7 +354,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             if gradients[0] is None or gradients[1] is None:
                 return None
             norms.append(expert_gradient_norms(*gradients))
-        return torch.stack(norms) if norms else None
+        return torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else None
 
     def _moe_blocks(self) -> list[MoEBlock]:
         return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoEBlock)]

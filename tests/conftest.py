@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from datasets import Dataset
@@ -22,6 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.data import train_tokenizer
+
+
+# A busy machine is no fault of the code: no example has a deadline.
+hypothesis_settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

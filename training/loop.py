@@ -94,6 +94,16 @@ def train(settings: RunSettings) -> RunDirectory:
         labels = sum(batch["labels"][:, 1:].ne(-100).sum() for batch in micro_batches)
         num_items_in_batch = accelerator.reduce(labels, "sum")
 
+        if balancer.settings.load_estimate == "exact":
+            with balancer.prepass():
+                for batch in micro_batches:
+                    prepared(
+                        input_ids=batch["input_ids"],
+                        position_ids=batch["position_ids"],
+                        labels=batch["labels"],
+                        use_cache=False,
+                    )
+
         for batch in micro_batches:
             with accelerator.accumulate(prepared):
                 outputs = prepared(

@@ -17,7 +17,7 @@ shapes = st.tuples(
 )  # B, T, L, E, seed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes)
 def test_counts_equal_counting_by_hand(shape: tuple[int, int, int, int, int]) -> None:
     batch, length, layers, experts, seed = shape

@@ -48,7 +48,7 @@ def lbl_by_hand(logits: Tensor, selected: Tensor, tokens: list[int], scoring_fun
     return experts * sum(f / sum(load) * p / len(tokens) for f, p in zip(load, score, strict=True))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(shapes, scoring)
 def test_micro_batch_loss(shape: tuple[int, int, int, int], scoring_func: str) -> None:
     logits, selected, mask = draw(shape)
@@ -63,7 +63,7 @@ def test_micro_batch_loss(shape: tuple[int, int, int, int], scoring_func: str) -
     assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(shapes, scoring)
 def test_sequence_loss(shape: tuple[int, int, int, int], scoring_func: str) -> None:
     logits, selected, mask = draw(shape)
@@ -76,7 +76,7 @@ def test_sequence_loss(shape: tuple[int, int, int, int], scoring_func: str) -> N
     assert loss.item() == pytest.approx(sum(sequences) / max(len(sequences), 1), abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes)
 def test_z_loss(shape: tuple[int, int, int, int]) -> None:
     logits, _, mask = draw(shape)

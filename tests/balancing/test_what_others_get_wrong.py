@@ -62,7 +62,7 @@ def test_the_loss_does_not_grow_with_accumulation(tiny_config: Make, mode: str, 
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(2, 16), st.integers(1, 4), st.sampled_from(["softmax", "sigmoid"]))
 def test_balance_is_one_whatever_k_e_and_l(layers: int, experts: int, per_token: int, scoring_func: Any) -> None:
     # Transformers' fractions sum to K, Megatron sums layers: coefficients carry over to no other model.

@@ -23,7 +23,7 @@ def test_a_schedule_is_a_function_of_steps_and_tokens_alone() -> None:
 
     assert at(0, 0) == at(99, 4999) == ("micro_batch", 0.01, None)
     assert at(100, 0) == ("global_batch", 0.001, None)
-    assert at(50, 5000) == ("loss_free", 0.01, None)
+    assert at(50, 5000) == ("micro_batch", 0.01, None), "a change waits for the one before it"
     assert at(100, 5000) == ("loss_free", 0.001, None)
     assert at(300, 5000) == at(10**9, 10**15) == ("loss_free", 0.001, 0)
 
@@ -45,9 +45,17 @@ def test_the_configuration_holds_every_field_of_balancing() -> None:
             r"balancing_schedule\[0\] must be a mapping with either",
         ),
         ({"balancing_schedule": [{"step": 1, "tokens": 2}]}, "either step or tokens"),
-        ({"balancing_schedule": [{"step": 9}, {"step": 8}]}, r"\[1\].step must be a number of at least 9; got 8"),
-        ({"balancing_schedule": [{"tokens": -1}]}, r"\[0\].tokens must be a number of at least 0; got -1"),
-        ({"balancing_schedule": [{"step": "soon"}]}, "must be a number of at least 0; got soon"),
+        (
+            {"balancing_schedule": [{"step": 9}, {"step": 8}]},
+            r"\[1\].step must be a whole number of at least 9; got 8",
+        ),
+        ({"balancing_schedule": [{"tokens": -1}]}, r"\[0\].tokens must be a whole number of at least 0; got -1"),
+        ({"balancing_schedule": [{"step": "soon"}]}, "must be a whole number of at least 0; got soon"),
+        ({"balancing_schedule": [{"step": 1.5}]}, "must be a whole number of at least 0; got 1.5"),
+        (
+            {"balancing_schedule": [{"step": 1, "router_aux_loss_coef": None}]},
+            "router_aux_loss_coef must be at least 0",
+        ),
         ({"balancing_schedule": [{"step": 1, "num_experts": 4}]}, "may change balancing_mode, .*; got num_experts"),
         (
             {"balancing_schedule": [{"step": 1, "balancing_mode": "all"}]},

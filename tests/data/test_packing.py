@@ -25,7 +25,7 @@ def dataset(pairs: list[tuple[str, str]]) -> Dataset:
     return Dataset.from_dict({"text": [text for text, _ in pairs], "domain": [domain for _, domain in pairs]})
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(pairs=documents_of, block_size=st.integers(2, 9), seed=st.integers(0, 3))
 def test_blocks_hold_the_documents_of_one_domain_end_to_end(
     tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]], block_size: int, seed: int

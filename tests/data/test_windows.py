@@ -29,7 +29,7 @@ def test_every_token_is_predicted_once_from_the_one_before(num_tokens: int, bloc
     assert all(after[0] == before[-1] for before, after in pairwise(cut))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(texts=st.lists(st.text("abc é日\n", max_size=40), min_size=1, max_size=8), block_size=st.integers(2, 9))
 def test_labels_and_bytes_add_up_to_the_documents(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], block_size: int
