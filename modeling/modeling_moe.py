@@ -108,9 +108,11 @@ class MoEBlock(nn.Module):
         if config.num_shared_experts:
             self.shared_experts = Glm4MoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, kept_selection: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the output `[B, T, D]` and the routing: logits `[N, E]`, experts `[N, K]`."""
-        router_logits, weights, selected_experts = self.gate(hidden_states)
+        router_logits, weights, selected_experts = self.gate(hidden_states, kept_selection)
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(flat, selected_experts, weights.to(flat.dtype)).view(hidden_states.shape)
         if self.shared_experts is not None:
@@ -137,12 +139,14 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        kept_selection: list[Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns hidden states `[B, T, D]` and the routing, logits and experts (`None, None` from a dense layer).
 
         The routing leaves the layer as values of a flat tuple: recomputation under gradient checkpointing counts
-        nothing twice, and the reentrant kind, which sees no further than a tuple, keeps the logits' gradient.
+        nothing twice, and the reentrant kind, which sees no further than a tuple, keeps the logits' gradient. A list
+        `kept_selection` makes it select as the forward pass did (see `MoERouter`).
         """
         residual = hidden_states
         hidden_states, _ = self.self_attn(
@@ -159,7 +163,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
         if isinstance(self.mlp, MoEBlock):
-            hidden_states, router_logits, selected_experts = self.mlp(hidden_states)
+            hidden_states, router_logits, selected_experts = self.mlp(hidden_states, kept_selection)
             return residual + hidden_states, router_logits, selected_experts
         return residual + self.mlp(hidden_states), None, None
 
@@ -299,6 +303,7 @@ class MoEModel(MoEPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                kept_selection=[] if self.training else None,
                 **kwargs,
             )
             if output_routing and router_logits is not None:

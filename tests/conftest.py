@@ -15,16 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck
-from hypothesis import settings as hypothesis_settings
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from datasets import Dataset
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from transformers import PreTrainedTokenizerBase
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.data import train_tokenizer
-
 
 # A busy machine is no fault of the code: no example has a deadline.
 hypothesis_settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,5 +1,7 @@
 """Balancer in one process: scopes, shares of the global batch, counters and what closes a step."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import Tensor
@@ -211,3 +213,71 @@ def test_a_prepass_that_saw_another_batch_is_refused() -> None:
         balancer.after_optimizer_step()
     with pytest.raises(RuntimeError, match="at least one micro-batch"), balancer.prepass():
         pass
+
+
+def test_each_batch_needs_a_prepass_of_its_own_and_a_failed_one_leaves_nothing() -> None:
+    balancer = Balancer("global_batch", num_experts=E, load_estimate="exact")
+    for seed in range(2):
+        with pytest.raises(RuntimeError, match="exact needs each global batch"):
+            balancer.observe(*routing(4, seed), batch_size=1)
+        with suppress(KeyError), balancer.prepass():
+            balancer.observe(*routing(3, seed), batch_size=1)
+            raise KeyError
+        with pytest.raises(RuntimeError, match="exact needs each global batch"):
+            balancer.observe(*routing(4, seed), batch_size=1)
+        with balancer.prepass():
+            balancer.observe(*routing(4, seed), batch_size=1)
+        assert balancer.loss(balancer.observe(*routing(4, seed), batch_size=1)).total.item() > 0
+        balancer.after_optimizer_step()
+        assert balancer.metrics()["tokens"].item() == 4
+
+
+def test_padding_that_is_not_a_number_reaches_no_gradient() -> None:
+    logits, experts = routing(6, 0)
+    spoilt = [layer.detach().clone() for layer in logits]
+    for layer in spoilt:
+        layer[4:] = float("nan")
+        layer.requires_grad_()
+    mask = torch.tensor([[True, True], [True, True], [False, False]])
+
+    def gradients(layers: list[Tensor]) -> tuple[Tensor, ...]:
+        balancer = Balancer(
+            "global_batch", num_experts=E, router_z_loss_coef=0.1, complementary_balancing_mode="sequence"
+        )
+        return torch.autograd.grad(
+            balancer.loss(balancer.observe(layers, experts, batch_size=3, mask=mask)).total, layers
+        )
+
+    for clean, found in zip(gradients(logits), gradients(spoilt), strict=True):
+        assert torch.equal(found, clean)
+        assert found[4:].abs().max() == 0
+
+
+def test_no_accumulation_is_remembered_where_the_ranks_are_not() -> None:
+    # Two ranks x one micro-step, resumed on one x one: nothing of a batch is unseen there either.
+    balancer, resumed = Balancer("global_batch", num_experts=E), Balancer("global_batch", num_experts=E)
+    balancer.loss(balancer.observe(*routing(9, 0), batch_size=1))
+    balancer.after_optimizer_step()
+    resumed.load_state_dict(balancer.state_dict())
+    logits, experts = routing(3, 1)
+    resumed.loss(resumed.observe(logits, experts, batch_size=1))
+    expected = torch.stack([counted(layer) for layer in experts])
+    assert torch.equal(resumed.synchronizer.completed_load(), expected.double())
+
+
+def test_state_made_for_other_simulated_groups_loads() -> None:
+    straight = Balancer("global_batch", num_experts=E, expert_parallel_sizes=(2, 3))
+    resumed = Balancer("global_batch", num_experts=E, expert_parallel_sizes=(3,))
+    for step in range(3):
+        straight.loss(straight.observe(*routing(6, step), batch_size=1))
+        if step < 2:
+            straight.after_optimizer_step()
+    resumed.load_state_dict(straight.state_dict())  # in the middle of the third batch
+    before, after = straight.metrics(), resumed.metrics()
+    assert "expert_parallel_slowdown_3" not in after
+    for name in after:
+        assert torch.equal(before[name], after[name]), name
+    resumed.after_optimizer_step()
+    assert "expert_parallel_slowdown_3" in resumed.metrics()
+    with pytest.raises(ValueError, match=r"expert_parallel_sizes must divide num_experts \(6\); got 4"):
+        Balancer("global_batch", num_experts=E, expert_parallel_sizes=(4,))

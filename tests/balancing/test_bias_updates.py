@@ -231,7 +231,60 @@ def test_masked_positions_and_micro_batches_do_not_matter_to_the_quantile() -> N
     nothing = QuantileUpdate()
     nothing.observe(scores, biases, 2, torch.zeros(600, dtype=torch.bool))
     kept = torch.randn(1, 6)
+    windows = nothing._low.clone(), nothing._high.clone()
     assert torch.equal(nothing.update(kept, torch.zeros(1, 6, dtype=torch.long), 0.5, nothing.gathered()), kept)
+    assert torch.equal(nothing._low, windows[0]), "a batch without tokens must not move the windows"
+    assert torch.equal(nothing._high, windows[1])
+
+
+def test_the_quantile_is_interpolated_within_its_bin() -> None:
+    scores, biases = draw_scores(20_000, 8), torch.zeros(1, 8)
+    rule = QuantileUpdate()
+    rule.observe(scores, biases, 2, None)
+    moved = rule.update(biases, selections(scores, biases, 2), 1.0, rule.gathered())
+    exact = exact_quantiles(scores, biases, 2)
+    bin_width = 2 / 256
+    assert (moved.double() - (exact - exact.mean(-1, keepdim=True))).abs().max() < bin_width / 5
+
+
+def test_windows_find_biases_that_something_else_has_moved() -> None:
+    scores, biases = draw_scores(4000, 8), torch.zeros(1, 8)
+    rule = QuantileUpdate()
+
+    def one_batch(rate: float) -> None:
+        nonlocal biases
+        rule.observe(scores, biases, 2, None)
+        biases = rule.update(biases, selections(scores, biases, 2), rate, rule.gathered())
+        rule.forget()
+
+    for _ in range(30):
+        one_batch(0.2)
+    narrow = (rule._high - rule._low).clone()
+    assert (narrow < 1).all()
+    biases = biases + torch.linspace(-3, 3, 8)
+    one_batch(0.0)
+    wider = (rule._high - rule._low) / narrow
+    assert (wider > 3.9).any(), "a quantile outside its window widens it fourfold"
+    for _ in range(100):
+        one_batch(0.2)
+    assert max_vio(selections(scores, biases, 2)).item() < 0.1
+
+
+def test_the_balancer_keeps_padding_from_the_quantile() -> None:
+    def biases_after(logits: Tensor, mask: Tensor | None) -> Tensor:
+        biases = [torch.zeros(6)]
+        balancer = Balancer(
+            "loss_free", num_experts=6, scoring_func="sigmoid", bias_update_rule="quantile", biases=lambda: biases
+        )
+        for _ in range(3):
+            experts = (logits.sigmoid() + biases[0]).topk(2).indices
+            balancer.observe([logits], [experts], batch_size=1, mask=mask)
+            balancer.after_optimizer_step()
+        return biases[0]
+
+    logits = torch.randn(100, 6, generator=torch.Generator().manual_seed(0)) + torch.arange(6.0)
+    padded = torch.cat([logits, torch.full((60, 6), 9.0)])
+    assert torch.equal(biases_after(padded, (torch.arange(160) < 100)[None]), biases_after(logits, None))
 
 
 # --- In the Balancer ---

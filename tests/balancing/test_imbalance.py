@@ -109,9 +109,9 @@ def test_a_loss_below_one_while_max_vio_grows_is_flagged() -> None:
     # selects the experts that the scores speak against.
     balancer = Balancer("global_batch", num_experts=4)
 
-    def batch(favoured: int) -> dict[str, torch.Tensor]:
+    def batch(favoured: int, scored: int = 3) -> dict[str, torch.Tensor]:
         logits = torch.zeros(1, 64, 4)
-        logits[..., 3] = 2.0  # scored highest, never selected
+        logits[..., scored] = 2.0  # the fourth, never selected, unless said otherwise
         experts = torch.arange(64)[:, None] % 3
         experts[:favoured] = 0
         balancer.loss(balancer.observe(list(logits), [experts], batch_size=1))
@@ -125,3 +125,18 @@ def test_a_loss_below_one_while_max_vio_grows_is_flagged() -> None:
     for _ in range(10):
         metrics = batch(favoured=60)
     assert metrics["token_gerrymandering"].all()
+    for _ in range(10):
+        metrics = batch(favoured=64, scored=0)
+    assert metrics["load_balancing_loss_batch"].item() > 1
+    assert not metrics["token_gerrymandering"].any(), "LBL grows too: it says what there is to say"
+
+
+def test_a_batch_without_tokens_is_no_balance_to_fall_from() -> None:
+    balancer = Balancer("none", num_experts=4)
+    logits = torch.zeros(1, 8, 4)
+    logits[..., 3] = 2.0
+    for tokens in (False, True, True, False, True):
+        mask = torch.full((1, 8), tokens)
+        balancer.observe(list(logits), [torch.zeros(8, 1, dtype=torch.long)], batch_size=1, mask=mask)
+        balancer.after_optimizer_step()
+        assert not balancer.metrics()["token_gerrymandering"].any(), "MaxVio is the same whenever there are tokens"

@@ -67,6 +67,8 @@ def test_a_resumed_run_is_where_the_schedule_left_it() -> None:
         batch(straight, step)
     resumed = Balancer("none", num_experts=4, balancing_schedule=schedule)
     resumed.load_state_dict(straight.state_dict())
+    for name, value in straight.metrics().items():
+        assert torch.equal(resumed.metrics()[name], value), name
     for step in (3, 4):
         assert resumed.settings.balancing_mode == ("global_batch" if step == 3 else "sequence")
         assert batch(resumed, step) == batch(straight, step)

@@ -28,6 +28,23 @@ def test_a_schedule_is_a_function_of_steps_and_tokens_alone() -> None:
     assert at(300, 5000) == at(10**9, 10**15) == ("loss_free", 0.001, 0)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        [{"tokens": 1000, "balancing_mode": "loss_free"}, {"step": 2, "complementary_balancing_mode": "global_batch"}],
+        [{"tokens": 2000, "balancing_mode": "none"}, {"step": 10, "balancing_mode": "micro_batch"}],
+    ],
+)
+def test_no_change_overtakes_another(schedule: list[dict[str, Any]]) -> None:
+    # The first would be refused in the middle of training, the second would never reach `none`.
+    settings = BalancingSettings(balancing_schedule=schedule)
+    first = {name: value for name, value in schedule[0].items() if name != "tokens"}
+    for steps in (0, 2, 10, 1000):
+        assert settings.at(steps, 999).balancing_mode == "global_batch"
+    assert settings.at(0, 2000).balancing_mode == first["balancing_mode"]
+    assert settings.at(10, 2000) == settings.at(10**6, 10**9)
+
+
 def test_the_configuration_holds_every_field_of_balancing() -> None:
     config = MoEConfig(balancing_schedule=SCHEDULE, bias_update_rule="quantile", bias_update_rate=0.5)
     assert isinstance(config, BalancingFields)
@@ -70,6 +87,10 @@ def test_the_configuration_holds_every_field_of_balancing() -> None:
             r"complementary_balancing_mode must differ from balancing_mode \(sequence\)",
         ),
         ({"bias_update_rule": "quantile", "bias_update_rate": 1.5}, "at most 1 with the quantile rule; got 1.5"),
+        (
+            {"bias_update_rate_decay": None},
+            "bias_update_rate_decay must be between 0 and 1; got None|bias_update_rate",
+        ),
         ({"bias_update_rate_decay": 1.5}, "bias_update_rate_decay must be between 0 and 1; got 1.5"),
         ({"bias_update_momentum": 1}, "bias_update_momentum must be at least 0 and below 1; got 1"),
         ({"bias_update_kappa": float("nan")}, "bias_update_kappa must be at least 0 and finite; got nan"),

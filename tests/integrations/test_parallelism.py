@@ -1,5 +1,7 @@
 """Which ranks count as data-parallel: four processes, two of them tensor-parallel peers of the other two."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +21,22 @@ def load_on_a_rank(rank: int, world_size: int, shape: tuple[int, ...], names: tu
     group = data_parallel_group(mesh)
     different = [mesh.get_local_rank(name) for name in names if name != "tp"]
     tokens = 1 + sum(coordinate * 2**place for place, coordinate in enumerate(different))
-    balancer = Balancer("global_batch", num_experts=2, process_group=group)
-    logits = torch.zeros(tokens, 2)
-    observed = balancer.observe([logits], [torch.zeros(tokens, 1, dtype=torch.long)], batch_size=1)
-    share = balancer.loss(observed).total / 0.01  # LBL is 1: what remains is R * T_m / T_sync
-    balancer.after_optimizer_step()
-    return {
-        "size": dist.get_world_size(group),
-        "load": balancer.metrics()["load"].tolist(),
-        "share": share.item(),
-        "tokens": tokens,
-    }
+    routing = [torch.zeros(tokens, 2)], [torch.zeros(tokens, 1, dtype=torch.long)]
+    loads, shares = [], []
+    for mode, estimate in (("global_batch", "running"), ("global_batch", "exact"), ("loss_free", "running")):
+        balancer = Balancer(
+            mode, num_experts=2, process_group=group, load_estimate=estimate, biases=lambda: [torch.zeros(2)]
+        )
+        assert copy.deepcopy(balancer).synchronizer.process_group is group  # a model is copied for averaging
+        assert pickle.loads(pickle.dumps(balancer.synchronizer)).process_group is None
+        if estimate == "exact":
+            with balancer.prepass():
+                balancer.observe(*routing, batch_size=1)
+        share = balancer.loss(balancer.observe(*routing, batch_size=1)).total / 0.01
+        balancer.after_optimizer_step()
+        loads.append(balancer.metrics()["load"].tolist())
+        shares.append(share.item())  # LBL is 1: what remains is R * T_m / T_sync
+    return {"size": dist.get_world_size(group), "loads": loads, "shares": shares, "tokens": tokens}
 
 
 @pytest.mark.processes
@@ -48,8 +55,9 @@ def test_peers_that_hold_the_same_tokens_are_counted_once(
 ) -> None:
     for rank in run_processes(4, load_on_a_rank, shape, names):
         assert rank["size"] == size
-        assert rank["load"] == [[total, 0]]
-        assert rank["share"] == pytest.approx(size * rank["tokens"] / total, rel=1e-5)
+        assert rank["loads"] == [[[total, 0]]] * 3
+        share = size * rank["tokens"] / total
+        assert rank["shares"] == pytest.approx([share, share, 0], rel=1e-5)
 
 
 def group_of_a_parallelism_config(rank: int, world_size: int) -> list[int]:

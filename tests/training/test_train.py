@@ -317,3 +317,15 @@ def test_a_simulated_group_must_divide_the_experts(corpus: Path, tmp_path: Path)
     with pytest.raises(ValueError, match=r"expert_parallel_sizes must divide num_experts \(8\); got 3"):
         train(parse_run_settings([str(tmp_path / "settings.yaml")]))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_exact_load_is_counted_by_a_prepass_of_the_loop(corpus: Path, tmp_path: Path) -> None:
+    overrides = ARCHITECTURE | {"balancing_mode": "global_batch", "load_estimate": "exact"}
+    values = settings(corpus, tmp_path / "run", max_steps=3, logging_steps=1, config_overrides=overrides)
+    values |= {"gradient_accumulation_steps": 2}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+    run = train(parse_run_settings([str(tmp_path / "settings.yaml")]))
+    for name in ("metrics.jsonl", "load.jsonl"):
+        lines = [json.loads(line) for line in (run.path / name).read_text().splitlines()]
+        assert len(lines) == 3
+    assert all(sum(layer) == 2 * 2 * 64 * 2 for line in lines for layer in line["load"])
