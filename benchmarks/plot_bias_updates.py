@@ -52,6 +52,8 @@ def main() -> None:
     parts = [json.loads(Path(source).read_text()) for source in sources]
     runs = {name: run for part in parts for name, run in part["runs"].items()}
     command = "python benchmarks/bias_updates.py --data CORPUS --output RESULT.json --micro_batch_size 4"
+    for run in runs.values():
+        run["max_vio_batch"] = np.round(run["max_vio_batch"], 3).tolist()
     kept = {name: parts[0][name] for name in ("arguments", "versions", "tokens")}
     kept["arguments"] = {name: value for name, value in kept["arguments"].items() if name != "runs"}
     write_json(output, {"command": command, **kept, "runs": runs})
