@@ -295,7 +295,6 @@ class Balancer:
         Args:
             observed: from `observe`.
             num_items_in_batch: positions that bear loss in the whole global batch.
-
         """
         logits = observed.router_logits
         dtype = torch.promote_types(logits.dtype, torch.float32)
