@@ -25,8 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.data import train_tokenizer
 
-# A busy machine is no fault of the code: no example has a deadline.
-hypothesis_settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine is no fault of the code: no example has a deadline. And the same examples everywhere, so that a
+# near-tie that a rounding decides does not come and go between runs of CI.
+hypothesis_settings.register_profile(
+    "any machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 hypothesis_settings.load_profile("any machine")
 
 
