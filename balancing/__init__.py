@@ -9,6 +9,7 @@ from .bias_updates import (
     TanhMomentumUpdate,
 )
 from .imbalance import (
+    check_expert_parallel_sizes,
     dead_experts,
     expert_gradient_norms,
     expert_parallel_slowdown,
@@ -40,6 +41,7 @@ __all__ = [
     "QuantileUpdate",
     "SignUpdate",
     "TanhMomentumUpdate",
+    "check_expert_parallel_sizes",
     "count_selections",
     "dead_experts",
     "expert_gradient_norms",

@@ -20,7 +20,14 @@ from .bias_updates import (
     SignUpdate,
     TanhMomentumUpdate,
 )
-from .imbalance import dead_experts, expert_parallel_slowdown, load_cv, load_entropy, max_vio
+from .imbalance import (
+    check_expert_parallel_sizes,
+    dead_experts,
+    expert_parallel_slowdown,
+    load_cv,
+    load_entropy,
+    max_vio,
+)
 from .load import LoadCounts, count_selections, load_fraction, to_fixed_point
 from .losses import (
     load_balancing_loss,
@@ -106,9 +113,7 @@ class Balancer:
         expert_parallel_sizes: Sequence[int] = (),
         **settings: Any,
     ) -> None:
-        for size in expert_parallel_sizes:
-            if size < 1 or num_experts % size:
-                raise ValueError(f"expert_parallel_sizes must divide num_experts ({num_experts}); got {size}")
+        check_expert_parallel_sizes(expert_parallel_sizes, num_experts)
         self._initial_settings = BalancingSettings(balancing_mode=balancing_mode, **settings)
         self.settings = self._initial_settings.at(steps=0, tokens=0)
         """The settings now in force; `balancing_schedule` changes them at the end of a step."""
@@ -156,7 +161,7 @@ class Balancer:
         rate = self._bias_update.default_rate if rate is None else rate
         return rate * self.settings.bias_update_rate_decay**self.steps
 
-    def scoped_losses(self) -> list[tuple[str, str, float]]:
+    def _scoped_losses(self) -> list[tuple[str, str, float]]:
         """The load-balancing losses that act: (name of the term, scope, coefficient)."""
         now = self.settings
         losses = [
@@ -169,7 +174,7 @@ class Balancer:
         return self.settings.balancing_mode == "loss_free" and self.bias_update_rate > 0
 
     def _has_loss(self) -> bool:
-        return bool(self.scoped_losses()) or self.settings.router_z_loss_coef > 0
+        return bool(self._scoped_losses()) or self.settings.router_z_loss_coef > 0
 
     @contextmanager
     def prepass(self) -> Iterator[None]:
@@ -232,11 +237,12 @@ class Balancer:
             ]
         )
         experts = torch.stack([layer.to(device) for layer in selected_experts])
-        tokens = None if mask is None else mask.to(device).reshape(-1)
+        tokens = None
         if mask is None:
             mask = torch.ones(batch_size, experts.shape[1] // max(batch_size, 1), dtype=torch.bool, device=device)
-        mask = mask.to(device)
-        if tokens is not None:
+        else:
+            mask = mask.to(device)
+            tokens = mask.reshape(-1)
             # Whatever padding holds, even NaN, comes neither into a sum nor into a gradient.
             logits = torch.where(tokens[:, None], logits, 0.0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._has_loss()):
@@ -321,7 +327,7 @@ class Balancer:
 
         # Each layer has a loss of its own: pooled, layers that collapse onto different experts would look balanced.
         terms: dict[str, Tensor] = {}
-        for name, scope, coefficient in self.scoped_losses():
+        for name, scope, coefficient in self._scoped_losses():
             if scope == "sequence":
                 layers = sequence_load_balancing_loss(observed.scores, observed.selected_experts, observed.mask)
             else:
@@ -413,13 +419,12 @@ class Balancer:
 
     def _follow_trend(self, counts: LoadCounts) -> None:
         vio = max_vio(counts.load)
-        if self._max_vio_trend is None:
-            # Not a number until there is a load: a batch without tokens is no balance.
-            self._max_vio_trend = torch.full_like(vio, torch.nan).expand(2, -1)
-        trend = self._max_vio_trend.to(vio.device)
-        trend = torch.where(trend.isnan(), vio, trend)
-        moved = torch.stack([trend[0].lerp(vio, 0.1), trend[1].lerp(vio, 0.01)])
-        self._max_vio_trend = torch.where(counts.tokens > 0, moved, self._max_vio_trend.to(vio.device))
+        # Not a number until there is a load: a batch without tokens is no balance.
+        nothing = torch.full_like(vio, torch.nan).expand(2, -1)
+        before = nothing if self._max_vio_trend is None else self._max_vio_trend.to(vio.device)
+        short, long = torch.where(before.isnan(), vio, before)
+        moved = torch.stack([short.lerp(vio, 0.1), long.lerp(vio, 0.01)])
+        self._max_vio_trend = torch.where(counts.tokens > 0, moved, before)
 
     def _follow_schedule(self) -> None:
         schedule = self._initial_settings.balancing_schedule

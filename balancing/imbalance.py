@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +63,13 @@ def load_cv(load: Tensor) -> Tensor:
         float32 `[...]`, between 0 and `sqrt(E - 1)`; 0 where nothing was counted.
     """
     return load_fraction(load).std(dim=-1, correction=0) * load.shape[-1]
+
+
+def check_expert_parallel_sizes(sizes: Sequence[int], num_experts: int) -> None:
+    """Raises ValueError for the size of a simulated expert-parallel group, in ranks, that does not divide `E`."""
+    for size in sizes:
+        if size < 1 or num_experts % size:
+            raise ValueError(f"expert_parallel_sizes must divide num_experts ({num_experts}); got {size}")
 
 
 def expert_parallel_slowdown(load: Tensor, group_size: int) -> Tensor:

@@ -12,6 +12,7 @@ from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..balancing import check_expert_parallel_sizes
 from ..configuration import RunSettings
 from ..data import MicroBatchSampler, write_json, write_whole
 from ..integrations import data_parallel_group
@@ -37,9 +38,7 @@ def train(settings: RunSettings) -> RunDirectory:
     """
     model_settings, data, training = settings
     config = read_config(model_settings)
-    for size in training.expert_parallel_sizes:
-        if config.num_experts % size:
-            raise ValueError(f"expert_parallel_sizes must divide num_experts ({config.num_experts}); got {size}")
+    check_expert_parallel_sizes(training.expert_parallel_sizes, config.num_experts)
     assert training.output_dir is not None
     run = RunDirectory(training.output_dir)
 

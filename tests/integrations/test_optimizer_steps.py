@@ -59,14 +59,14 @@ def never_saw_it(tiny_config: Make, mode: str, seeds: list[list[int]]) -> Iterat
     """A run without gradient scaler over the batches that were really trained on, closed by hand."""
     model = build(tiny_config, mode)
     # Unfused, whatever the run compared with: powers of two scale and unscale gradients without rounding them.
-    for optimizer in [adamw(model, fused=False)]:
-        for batch in seeds:
-            for seed in batch:
-                micro_batch(model, seed)
-            optimizer.step()
-            optimizer.zero_grad()
-            model.balancer.after_optimizer_step()
-            yield model
+    optimizer = adamw(model, fused=False)
+    for batch in seeds:
+        for seed in batch:
+            micro_batch(model, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.balancer.after_optimizer_step()
+        yield model
 
 
 def spoil(model: MoEForCausalLM) -> None:
