@@ -9,6 +9,7 @@ from .balancing_settings import (
     LossScope,
 )
 from .configuration_moe import MoEConfig, ScoringFunction
+from .recipe import DomainSource, Recipe, parse_recipe
 from .training_settings import (
     DataSettings,
     ModelSettings,
@@ -24,13 +25,16 @@ __all__ = [
     "BalancingSettings",
     "BiasUpdateRule",
     "DataSettings",
+    "DomainSource",
     "LoadEstimate",
     "LossScope",
     "MoEConfig",
     "ModelSettings",
+    "Recipe",
     "RunSettings",
     "ScoringFunction",
     "TrainingSettings",
+    "parse_recipe",
     "parse_run_settings",
     "trained_block_size",
 ]
