@@ -4,8 +4,6 @@ A domain is a set of *sources* (packages, or task generators), each an iterator 
 turns, the one that has given fewest bytes next, so that a large package does not drown the small ones.
 """
 
-import hashlib
-import heapq
 import sysconfig
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .cleaning import docstrings, is_written_by_hand, pieces, without_licence_header
+from .corpus_files import Group, seeded
 
 _STDLIB = "stdlib"
 _OWN_NAME = __name__.partition(".")[0]
@@ -23,15 +22,6 @@ _MARKED_UP = (".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml
 _TABLE_SUFFIXES = (*_MARKED_UP, ".afm", ".arff", ".dat", ".sav", ".tab", ".types", ".zi")  # fonts, time zones, ...
 _PIECE = 16_000  # characters of a table per document
 _LARGEST_TABLE = 400_000  # characters: of a larger one, the beginning
-
-
-@dataclass(frozen=True)
-class Group:
-    """Documents that must stay in one split: they come from one file, or one section of a long table."""
-
-    source: str  # where from, relative: site-packages/..., stdlib/..., reasoning-gym/...
-    package: str  # whose licence holds
-    texts: list[str]
 
 
 @dataclass(frozen=True)
@@ -111,22 +101,6 @@ class Installation:
         return sources
 
 
-def seeded(seed: int, name: str) -> int:
-    """A number of 63 bits that is a pure function of seed and name."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big") >> 1
-
-
-def in_turns(sources: dict[str, Iterator[Group]]) -> Iterator[Group]:
-    """All groups; next is always the source that has given fewest bytes so far."""
-    turns = [(0, name) for name in sorted(sources)]
-    while turns:
-        given, name = heapq.heappop(turns)
-        group = next(sources[name], None)
-        if group is not None:
-            yield group
-            heapq.heappush(turns, (given + sum(len(text.encode()) for text in group.texts), name))
-
-
 def _code(text: str) -> list[str]:
     text = without_licence_header(text).strip() + "\n"
     return [text] if len(text) >= 500 and is_written_by_hand(text) else []
@@ -197,7 +171,7 @@ def _tables(installation: Installation, seed: int) -> dict[str, Iterator[Group]]
 
 # reasoning-gym's generators that are quick and give the same items whatever PYTHONHASHSEED is.
 # fmt: off
-_MATHS = [
+MATHS = [
     "complex_arithmetic", "simple_equations", "simple_integration", "polynomial_equations",
     "basic_arithmetic", "bitwise_arithmetic", "calendar_arithmetic", "chain_sum", "count_bits",
     "count_primes", "decimal_arithmetic", "decimal_chain_sum", "dice", "fraction_simplification", "gcd",
@@ -238,7 +212,7 @@ def _generated(names: list[str]) -> Callable[[Installation, int], dict[str, Iter
 DOMAINS: dict[str, Domain] = {
     "python": Domain("Python source of the standard library and of installed packages", _python),
     "cpp": Domain("C++ and CUDA headers that installed packages ship, most of them PyTorch's", _cpp),
-    "math_logic": Domain("mathematics and logic, questions with answers", _generated(_MATHS), templated=True),
+    "math_logic": Domain("mathematics and logic, questions with answers", _generated(MATHS), templated=True),
     "puzzles": Domain("puzzles, grids and games, questions with answers", _generated(_PUZZLES), templated=True),
     "prose_en": Domain("technical English: docstrings, package descriptions, Python's help topics", _prose),
     "data_tables": Domain("tables and structured data that packages ship, and the Unicode character table", _tables),

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from equipoise.data import build_embedded_corpus, read_documents
-from equipoise.data.embedded_sources import DOMAINS, Domain, Group, in_turns
+from equipoise.data.corpus_files import Group, in_turns
+from equipoise.data.embedded_sources import DOMAINS, Domain
 
 SMALL = {"max_bytes_per_domain": 150_000, "min_bytes_per_domain": 90_000, "validation_bytes_per_domain": 30_000}
 
@@ -149,7 +150,7 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("equipoise.data.embedded_corpus.pq.write_table", fail)
+    monkeypatch.setattr("equipoise.data.corpus_files.pq.write_table", fail)
     with pytest.raises(OSError, match="disk full"):
         build_embedded_corpus(tmp_path / "out", domains=["math_logic"], **SMALL)
     assert list(tmp_path.iterdir()) == []
