@@ -1,113 +1,107 @@
-"""The order of micro-batches: pure, exact in length, and the same order however many processes share it."""
+"""The order of draws: quotas, closed forms against going there draw by draw, and every block once per epoch."""
 
+import time
 from collections import Counter
+from fractions import Fraction
 
+import numpy as np
 import pytest
-import torch
-from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
-from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
-from equipoise.data import MicroBatchSampler
+from equipoise.data.order import BlockOrder, DomainOrder, generator, quotas
 
-runs = st.fixed_dictionaries(
-    {
-        "counts": st.lists(st.integers(4, 13), min_size=1, max_size=4),
-        "micro_batch_size": st.integers(1, 4),
-        "num_micro_batches": st.integers(1, 40),
-        "seed": st.integers(0, 5),
-        "micro_batch_domains": st.sampled_from(["mixed", "single"]),
-    }
-)
+weights_of = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=5)
 
 
-def sampler_of(run: dict) -> tuple[list[int], MicroBatchSampler]:
-    domains = [domain for domain, count in enumerate(run["counts"]) for _ in range(count)]
-    return domains, MicroBatchSampler(domains, **{name: value for name, value in run.items() if name != "counts"})
+@given(weights=st.lists(st.integers(1, 1000), min_size=1, max_size=8), draws=st.integers(8, 500))
+def test_quotas_are_within_one_of_the_shares(weights: list[int], draws: int) -> None:
+    found = quotas(weights, draws)
+    assert found.sum() == draws
+    assert found.min() >= 1
+    shares = [Fraction(weight * draws, sum(weights)) for weight in weights]
+    if min(shares) >= 1:
+        assert all(abs(quota - share) < 1 for quota, share in zip(found, shares, strict=True))
+    # A larger weight never has a smaller quota.
+    assert all(found[i] <= found[j] for i in range(len(found)) for j in range(len(found)) if weights[i] < weights[j])
 
 
-@given(run=runs)
-def test_micro_batches_cover_the_blocks_epoch_by_epoch(run: dict) -> None:
-    domains, sampler = sampler_of(run)
-    micro_batches = list(sampler)
-    size = run["micro_batch_size"]
-    assert len(micro_batches) == len(sampler) == run["num_micro_batches"]
-    assert all(len(set(micro_batch)) == size for micro_batch in micro_batches)
-    assert list(sampler) == micro_batches == list(sampler_of(run)[1])
-    if run["micro_batch_domains"] == "single":
-        assert all(len({domains[block] for block in micro_batch}) == 1 for micro_batch in micro_batches)
-        per_epoch = sum(count // size for count in run["counts"])
-    else:
-        per_epoch = len(domains) // size
-    for start in range(0, len(micro_batches), per_epoch):
-        epoch = Counter(block for micro_batch in micro_batches[start : start + per_epoch] for block in micro_batch)
-        assert max(epoch.values()) == 1, "a block twice in one epoch"
+def test_a_tiny_weight_is_drawn_once_a_round() -> None:
+    assert quotas([1e-9, 1.0, 1e-9], 100).tolist() == [1, 98, 1]
+    assert quotas([5, 3, 2], 10).tolist() == [5, 3, 2]
 
 
-@given(run=runs, longer=st.integers(1, 20))
-def test_a_longer_run_begins_like_a_shorter_one(run: dict, longer: int) -> None:
-    _, short = sampler_of(run)
-    _, long = sampler_of(run | {"num_micro_batches": run["num_micro_batches"] + longer})
-    assert list(long)[: len(short)] == list(short)
+@settings(max_examples=25)
+@given(weights=weights_of, seed=st.integers(0, 3), start=st.integers(0, 40_000))
+def test_the_number_drawn_before_is_what_was_drawn(weights: list[float], seed: int, start: int) -> None:
+    order = DomainOrder(weights, seed=seed)
+    counts = order.drawn_before(start)
+    assert counts.sum() == start
+    for position in range(start, start + 200):
+        domain, earlier = (
+            DomainOrder(weights, seed=seed).draw(position) if position % 97 == 0 else order.draw(position)
+        )
+        assert earlier == counts[domain]
+        counts[domain] += 1
+    assert np.array_equal(counts, order.drawn_before(start + 200))
 
 
-@given(run=runs, num_processes=st.integers(1, 4))
-def test_processes_share_one_order(run: dict, num_processes: int) -> None:
-    _, sampler = sampler_of(run | {"num_micro_batches": run["num_micro_batches"] * num_processes})
-    for rank in range(num_processes):
-        shard = BatchSamplerShard(sampler, num_processes=num_processes, process_index=rank)
-        assert list(shard) == list(sampler)[rank::num_processes]
-        assert len(shard) == run["num_micro_batches"]
+def test_shares_are_the_weights() -> None:
+    order = DomainOrder([6, 3, 1], seed=0)
+    drawn = order.drawn_before(10 * 16_384)
+    assert np.allclose(drawn / drawn.sum(), [0.6, 0.3, 0.1], atol=1 / 16_384)
+    first = Counter(order.draw(position)[0] for position in range(1000))
+    assert first[0] == pytest.approx(600, abs=60), "a round begins as it goes on"
 
 
-def test_a_remainder_is_dropped_on_every_process() -> None:
-    sampler = MicroBatchSampler([0] * 9, 2, 7, seed=0, micro_batch_domains="mixed")
-    for rank in range(2):
-        assert list(BatchSamplerShard(sampler, num_processes=2, process_index=rank)) == list(sampler)[rank:6:2]
+def test_exact_weights_are_a_round() -> None:
+    order = DomainOrder([3, 5], seed=0, exact=True)
+    for round_number in range(3):
+        drawn = [order.draw(8 * round_number + place) for place in range(8)]
+        expected = {(0, 3 * round_number + k) for k in range(3)} | {(1, 5 * round_number + k) for k in range(5)}
+        assert set(drawn) == expected
 
 
-def test_seed_and_epoch_change_the_order() -> None:
-    def order(seed: int) -> list[list[int]]:
-        return list(MicroBatchSampler([0] * 32, 4, 16, seed=seed, micro_batch_domains="mixed"))
+def test_rounds_and_seeds_differ() -> None:
+    def draws(seed: int, round_number: int) -> list[int]:
+        order = DomainOrder([20, 20], seed=seed, exact=True)
+        return [order.draw(40 * round_number + place)[0] for place in range(40)]
 
-    assert order(0) != order(1)
-    assert order(0)[:8] != order(0)[8:]
-
-
-def test_mixed_micro_batches_mix() -> None:
-    domains = [0] * 64 + [1] * 64
-    micro_batches = list(MicroBatchSampler(domains, 8, 16, seed=0, micro_batch_domains="mixed"))
-    assert sum(len({domains[block] for block in micro_batch}) == 2 for micro_batch in micro_batches) >= 14
+    assert draws(0, 0) == draws(0, 0)
+    assert len({tuple(draws(seed, number)) for seed in range(3) for number in range(3)}) == 9
 
 
-def test_prepared_loader_yields_the_order_and_can_skip() -> None:
-    blocks = Dataset.from_dict({"block": list(range(20)), "domain": [0] * 10 + [1] * 10}).with_format("torch")
-    sampler = MicroBatchSampler(blocks["domain"], 3, 8, seed=1, micro_batch_domains="single")
-    expected = list(sampler)
-    loader = DataLoader(blocks, batch_sampler=sampler)
-    prepared = Accelerator(cpu=True).prepare(loader)
-    assert [batch["block"].tolist() for batch in prepared] == expected
-    assert [batch["block"].tolist() for batch in skip_first_batches(prepared, 5)] == expected[5:]
-    for rank in range(2):
-        shard = prepare_data_loader(loader, device=torch.device("cpu"), num_processes=2, process_index=rank)
-        # The sampler behind it: iterating the loader itself would wait for the other process.
-        assert list(shard.batch_sampler) == expected[rank::2]
+def test_far_away_is_as_near_as_the_beginning() -> None:
+    order = DomainOrder([1, 2, 3], seed=0)
+    begin = time.perf_counter()
+    order.draw(10**13)
+    order.drawn_before(10**13)
+    assert time.perf_counter() - begin < 5
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1; got 0"),
-        ({"num_micro_batches": 0}, "num_micro_batches must be at least 1; got 0"),
-        ({"micro_batch_domains": "some"}, "micro_batch_domains must be mixed or single; got some"),
-        ({"micro_batch_size": 9}, r"micro_batch_size must be at most the number of blocks \(8\); got 9"),
-        ({"micro_batch_size": 4}, "micro_batch_size .* got 4, and domain 1 has 3"),
-    ],
-)
-def test_errors_name_field_and_value(change: dict, message: str) -> None:
-    arguments = {"micro_batch_size": 2, "num_micro_batches": 3, "seed": 0, "micro_batch_domains": "single"} | change
-    with pytest.raises(ValueError, match=message):
-        MicroBatchSampler([0] * 5 + [1] * 3, **arguments)
+@given(num_blocks=st.integers(1, 30), seed=st.integers(0, 3), domain=st.integers(0, 3))
+def test_an_epoch_holds_each_block_once(num_blocks: int, seed: int, domain: int) -> None:
+    order = BlockOrder(num_blocks, seed=seed, domain=domain)
+    for epoch in (0, 1, 10**6):
+        taken = [order[epoch * num_blocks + place] for place in range(num_blocks)]
+        assert sorted(taken) == list(range(num_blocks))
+
+
+def test_epochs_domains_and_seeds_shuffle_differently() -> None:
+    def epoch(seed: int, domain: int, number: int) -> tuple[int, ...]:
+        order = BlockOrder(40, seed=seed, domain=domain)
+        return tuple(order[40 * number + place] for place in range(40))
+
+    assert len({epoch(*place) for place in np.ndindex(3, 3, 3)}) == 27
+
+
+def test_no_two_purposes_share_a_generator() -> None:
+    # NumPy takes seeds that differ in trailing zeros for one.
+    places = [(seed, purpose, *place) for seed in range(3) for purpose in (1, 2, 3) for place in ((), (0, 1), (1,))]
+    assert len({tuple(generator(*place).integers(0, 1 << 60, 4)) for place in places}) == len(places)
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
+def test_impossible_weights_are_named(weight: float) -> None:
+    with pytest.raises(ValueError, match=f"weight must be above 0 and finite; got {weight}"):
+        DomainOrder([1, weight], seed=0)
