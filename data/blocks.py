@@ -80,7 +80,7 @@ def tokenize(documents: DomainDocuments, tokenizer: PreTrainedTokenizerBase, tok
     """The tokens of a domain's training documents, `input_ids`, each opened and closed; kept in the cache under the
     documents' and the tokenizer's content."""
     mean_bytes = documents.train_bytes / len(documents.train)
-    return documents.train.with_format("arrow").map(
+    tokens = documents.train.with_format("arrow").map(
         _tokenize,
         batched=True,
         batch_size=int(np.clip(_BATCH_BYTES / max(mean_bytes, 1), 1, 1000)),
@@ -90,6 +90,7 @@ def tokenize(documents: DomainDocuments, tokenizer: PreTrainedTokenizerBase, tok
         cache_file_name=cache_file(key_of(documents.key, tokenizer_key), "tokens"),
         desc="Tokenising",
     )
+    return tokens.with_format(None)
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:

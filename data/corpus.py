@@ -12,6 +12,7 @@ from .documents import DomainDocuments, Gathered, choose_documents, gather_folde
 from .keys import key_of
 from .order import SAMPLE, generator
 from .sources import (
+    build_packages,
     by_split,
     check_column,
     load_files,
@@ -165,6 +166,11 @@ def _open_recipe(recipe: Recipe, settings: DataSettings, seed: int) -> Corpus:
     gathered: list[Gathered] = []
     streams: dict[str, TextStream] = {}
     described: dict[str, dict[str, Any]] = {}
+    packages = [source.package for source in recipe.domains.values() if source.package is not None]
+    try:
+        build_packages(packages, recipe.package_folder)
+    except ValueError as error:
+        raise ValueError(f"{recipe.path}: the domains {packages}: {error}") from error
     for name, source in recipe.domains.items():
         described[name] = {"source": source.described()}
         try:

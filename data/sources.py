@@ -24,6 +24,7 @@ from datasets import (
     load_dataset,
     load_dataset_builder,
 )
+from datasets.exceptions import DatasetsError
 
 from ..configuration import DomainSource
 from .keys import files_key, key_of
@@ -177,6 +178,8 @@ def open_hub(source: DomainSource, split: str) -> tuple[Dataset | IterableDatase
             is not in the cache.
     """
     assert source.hub is not None
+    if Path(source.hub).exists():  # `datasets` would read it, and know it by its time instead of its content
+        raise ValueError(f"hub must name a data set of the Hub, for local text is given as files; got {source.hub}")
     try:
         builder = load_dataset_builder(
             source.hub, source.config, revision=source.revision, data_files=list(source.data_files) or None
@@ -186,7 +189,8 @@ def open_hub(source: DomainSource, split: str) -> tuple[Dataset | IterableDatase
         else:
             builder.download_and_prepare()
             documents = builder.as_dataset(split=split)
-    except (ValueError, OSError) as error:  # what `datasets` raises for names and for connections
+    # what `datasets` raises for names, for connections, for data sets that are programs and for broken files
+    except (ValueError, OSError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             f"hub must name a data set, with its config and split, that can be read; "
             f"got {source.hub}, config {source.config}, split {split}: {error}"
@@ -219,21 +223,22 @@ def check_column(columns: Sequence[str] | None, text_column: str, where: Any) ->
         raise ValueError(f"text_column must be a column of {where}, one of {list(columns)}; got {text_column}")
 
 
-def package_files(name: str, folder: Path) -> list[Path]:
-    """The files of a domain of the core corpus, which is built where it is not there yet.
+def build_packages(names: Sequence[str], folder: Path) -> None:
+    """Builds those of these domains of the core corpus that are not in `folder` yet.
 
     Raises:
         ValueError: there is no such domain, or it cannot be built.
     """
-    files = [folder / name / f"{split}.parquet" for split in SPLITS]
-    if not all(file.is_file() for file in files):
-        from . import build_core_corpus  # its sources are many, and nothing else needs them
-
-        build_core_corpus(folder, domains=[name])
-    missing = [str(file) for file in files if not file.is_file()]
+    missing = [name for name in names if not all(file.is_file() for file in package_files(name, folder))]
     if missing:
-        raise ValueError(f"package must name a domain of the core corpus; got {name}, and {missing} are missing")
-    return files
+        from .core_corpus import build_core_corpus  # its sources are many, and nothing else needs them
+
+        build_core_corpus(folder, domains=missing)
+
+
+def package_files(name: str, folder: Path) -> list[Path]:
+    """Where the files of a domain of the core corpus are."""
+    return [folder / name / f"{split}.parquet" for split in SPLITS]
 
 
 def no_documents() -> Dataset:

@@ -112,7 +112,9 @@ class WindowReader:
         Raises:
             ValueError: the stream has no document to train on, or a document without the text column.
         """
-        state, texts, window_bytes = dict(self.state), [], 0
+        state = dict(self.state)
+        texts: list[str] = []
+        window_bytes = 0
         while len(texts) < WINDOW_DOCUMENTS and window_bytes < WINDOW_BYTES:
             text = next(self._texts, None)
             size = 0 if text is None else len(text.encode())
@@ -216,7 +218,8 @@ class BlockReader:
         order = generator(self._seed, WINDOWS, self._domain, self._window["window"]).permutation(len(texts))
         self._texts = [texts[index] for index in order]
         self._document = self._token = 0
-        self._first_encoded, self._ids = 0, []
+        self._first_encoded = 0
+        self._ids: list[np.ndarray] = []
 
     def _encoded(self, document: int) -> np.ndarray:
         if not self._first_encoded <= document < self._first_encoded + len(self._ids):
