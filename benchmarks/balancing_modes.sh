@@ -11,7 +11,7 @@ run() {
         --mixed_precision no --dynamo_backend no \
         scripts/train.py hub_configs/tiny/train.yaml --data "$CORPUS" --output_dir "$OUTPUT/$1" \
         --max_train_bytes_per_domain 1500000 --max_validation_bytes_per_domain 150000 \
-        --micro_batch_size 4 --gradient_accumulation_steps 4 --max_steps 400 \
+        --micro_batch_size 4 --global_batch_size 32 --max_steps 400 \
         --config_overrides "$2"
     python scripts/evaluate_model.py --model "$OUTPUT/$1"
     python scripts/analyze.py --run "$OUTPUT/$1"

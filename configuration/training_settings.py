@@ -51,7 +51,10 @@ class DataSettings:
 
     data: str | None = field(
         default=None,
-        metadata={"help": "Folder with one sub-folder per domain, or file(s) with a domain column (parquet, jsonl)."},
+        metadata={
+            "help": "A recipe (.yaml: see recipes/); or a folder with one sub-folder per domain, or file(s) with a "
+            "domain column (parquet, jsonl, txt)."
+        },
     )
     text_column: str = field(default="text", metadata={"help": "Column with the documents' text."})
     domain_column: str = field(default="domain", metadata={"help": "Column with the documents' domain."})
@@ -82,32 +85,102 @@ class DataSettings:
 class TrainingSettings:
     """How the model is trained."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "The run directory; must be new or empty."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
-    micro_batch_size: int = field(default=8, metadata={"help": "Blocks in one forward pass of one process."})
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Micro-batches of each process in one optimizer step."}
+    output_dir: str | None = field(
+        default=None, metadata={"help": "The run directory; must be new or empty, or hold the run to resume."}
     )
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Go on from the newest whole checkpoint of output_dir; start where there is no run yet."},
+    )
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
+    max_hours: float | None = field(
+        default=None, metadata={"help": "Save and stop after so many hours of this launch, to be resumed."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the initial weights, of dropout and of the order of the data."})
+
+    # --- the batch ---
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks in one optimizer step over all processes, whatever their number; by default one "
+            "micro-batch of each process. What a process cannot take at once it accumulates."
+        },
+    )
+    micro_batch_size: int = field(default=8, metadata={"help": "Blocks in one forward pass of one process."})
+
+    # --- the optimizer ---
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate_schedule: Literal["cosine", "wsd", "constant"] = field(
+        default="cosine",
+        metadata={"help": "After the warm-up: a cosine, constant, or wsd, which is constant and then falls linearly."},
+    )
     min_learning_rate_ratio: float = field(
-        default=0.1, metadata={"help": "Where the cosine ends, as a share of the peak."}
+        default=0.1, metadata={"help": "Where cosine and wsd end, as a share of the peak."}
     )
     warmup_steps: int = field(
         default=50, metadata={"help": "Steps over which the learning rate rises; the first is made at 0."}
     )
-    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's, on matrices only: not on norms and biases."})
+    decay_steps: int | None = field(
+        default=None, metadata={"help": "The last steps, over which wsd falls; by default a fifth of max_steps."}
+    )
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "AdamW's, on matrices only: not on norms, biases and embeddings."}
+    )
+    router_weight_decay: float | None = field(
+        default=None, metadata={"help": "The routers' own weight decay; by default that of other matrices."}
+    )
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first moment decay."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second moment decay."})
     max_grad_norm: float = field(
         default=1.0, metadata={"help": "The gradient is scaled down to this norm; 0 leaves it alone."}
     )
+    spike_sigma: float = field(
+        default=6.0,
+        metadata={
+            "help": "A step whose loss or gradient norm exceeds the mean of the last 128 by so many standard "
+            "deviations is skipped; 0 skips none but those that are not finite."
+        },
+    )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "The run stops with an error after so many skipped steps in a row."}
+    )
+
+    # --- the machine ---
     mixed_precision: Literal["no", "bf16"] = field(
         default="no", metadata={"help": "bf16: matrix products in bf16, weights and optimizer in fp32."}
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute each layer in the backward pass instead of keeping it."}
     )
+    compile: bool = field(default=False, metadata={"help": "torch.compile each decoder layer."})
+    sharding: Literal["none", "fsdp", "hsdp"] = field(
+        default="none",
+        metadata={
+            "help": "fsdp: weights, gradients and optimizer spread over all processes (torch's fully_shard); hsdp: "
+            "over groups of shard_size, which hold copies. none leaves it to Accelerate's configuration: DDP, or more."
+        },
+    )
+    shard_size: int | None = field(
+        default=None, metadata={"help": "Processes in a group of hsdp; by default those of one machine."}
+    )
+
+    # --- checkpoints ---
+    checkpoint_steps: int | None = field(default=1000, metadata={"help": "Steps between two checkpoints."})
+    checkpoint_minutes: float | None = field(default=30, metadata={"help": "Most minutes between two checkpoints."})
+    keep_checkpoints: int = field(default=3, metadata={"help": "How many of the newest checkpoints stay."})
+    async_checkpoints: bool = field(
+        default=True, metadata={"help": "Write checkpoints in the background, from a copy in memory."}
+    )
+
+    # --- watching ---
     logging_steps: int = field(default=10, metadata={"help": "Steps between two lines of metrics.jsonl."})
+    trackers: list[str] = field(
+        default_factory=list, metadata={"help": "Accelerate's trackers to log to as well, e.g. tensorboard wandb."}
+    )
+    peak_teraflops: float | None = field(
+        default=None,
+        metadata={"help": "Of one device at this precision, for the utilisation; known for usual GPUs in bf16."},
+    )
     expert_parallel_sizes: list[int] = field(
         default_factory=list,
         metadata={"help": "Log how much imbalance would slow expert-parallel groups of these sizes, e.g. 2 4 8."},
@@ -115,28 +188,68 @@ class TrainingSettings:
     log_expert_gradients: bool = field(
         default=False, metadata={"help": "Log the norm of each expert's gradient to load.jsonl."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the initial weights and of the order of the data."})
 
     def __post_init__(self) -> None:
         for size in self.expert_parallel_sizes:
             if size < 2:
                 raise ValueError(f"expert_parallel_sizes must be at least 2; got {size}")
-        _at_least(self, 1, "max_steps", "micro_batch_size", "gradient_accumulation_steps", "logging_steps")
+        _at_least(self, 1, "max_steps", "micro_batch_size", "global_batch_size", "logging_steps", "shard_size")
+        _at_least(self, 1, "checkpoint_steps", "keep_checkpoints", "max_skipped_steps")
         _at_least(
             self,
             0,
             "learning_rate",
             "min_learning_rate_ratio",
             "warmup_steps",
+            "decay_steps",
             "weight_decay",
+            "router_weight_decay",
             "max_grad_norm",
+            "spike_sigma",
             "seed",
         )
+        for name in ("max_hours", "checkpoint_minutes", "peak_teraflops"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0; got {value}")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps must be at most max_steps ({self.max_steps}); got {self.warmup_steps}")
+        if self.learning_rate_schedule == "wsd" and self.wsd_decay_steps > self.max_steps - self.warmup_steps:
+            raise ValueError(
+                f"decay_steps must be at most max_steps less warmup_steps ({self.max_steps - self.warmup_steps}); "
+                f"got {self.wsd_decay_steps}"
+            )
+        if self.shard_size is not None and self.sharding != "hsdp":
+            raise ValueError(f"sharding must be hsdp where shard_size is given; got {self.sharding}")
+
+    @property
+    def wsd_decay_steps(self) -> int:
+        """`decay_steps`, or its default."""
+        return self.max_steps // 5 if self.decay_steps is None else self.decay_steps
+
+    def micro_batches_per_step(self, num_processes: int) -> int:
+        """Micro-batches of one optimizer step over all processes.
+
+        Raises:
+            ValueError: the global batch cannot be dealt out evenly.
+        """
+        if self.global_batch_size is None:
+            return num_processes
+        micro_batches, rest = divmod(self.global_batch_size, self.micro_batch_size)
+        if rest:
+            raise ValueError(
+                f"global_batch_size must be a multiple of micro_batch_size ({self.micro_batch_size}); "
+                f"got {self.global_batch_size}"
+            )
+        if micro_batches % num_processes:
+            raise ValueError(
+                f"global_batch_size must give each process as many micro-batches: a multiple of micro_batch_size "
+                f"({self.micro_batch_size}) times processes ({num_processes}); got {self.global_batch_size}"
+            )
+        return micro_batches
 
 
 RunSettings = tuple[ModelSettings, DataSettings, TrainingSettings]

@@ -23,7 +23,10 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
+        if path.is_dir():  # a folder cannot be replaced in one go
+            path.replace(path.with_name(f".{path.name}.{os.getpid()}.old"))
         temporary.replace(path)
+        shutil.rmtree(path.with_name(f".{path.name}.{os.getpid()}.old"), ignore_errors=True)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

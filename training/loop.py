@@ -3,197 +3,256 @@
 import math
 import time
 import warnings
-from contextlib import nullcontext
-from importlib.metadata import version
+from contextlib import ExitStack
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
-from torch.utils.data import DataLoader
+import numpy as np
+import torch
+from accelerate.utils import gather_object, send_to_device
 from tqdm.auto import tqdm
 
-from ..balancing import check_expert_parallel_sizes
 from ..configuration import RunSettings
-from ..data import MicroBatchSampler, write_json, write_whole
-from ..integrations import data_parallel_group
-from ..modeling import MoEForCausalLM
-from .optimization import build_optimizer, build_schedule
-from .prepare import prepare_blocks, read_config
+from ..data import write_json, write_whole
+from ..integrations import set_gradient_sync, whole, whole_state_dict
+from .flops import peak_flops
+from .interruption import Interruption
+from .phases import PhaseTimes
+from .prepare import Prepared, prepare
+from .records import flat, summary, versions
 from .run_directory import RunDirectory
+from .spike_guard import SpikeGuard
 from .step_metrics import StepMetrics
 
 
 def train(settings: RunSettings) -> RunDirectory:
-    """Train a model from scratch and save it; the run directory then holds everything about the run.
+    """Train a model and save it; the run directory then holds everything about the run.
 
     Every process of the launch calls it. What can be wrong with the settings or the data is found before training
-    starts.
+    starts. A request to stop (see `Interruption`) saves a checkpoint and returns; `RunDirectory.stopped` says why.
 
     Args:
         settings: from `parse_run_settings`.
 
     Raises:
         ValueError: bad settings or data; the message names the field, what it must be and what it got.
-        FloatingPointError: the loss is infinite or not a number.
+        FloatingPointError: too many steps in a row were skipped, see `SpikeGuard`.
+        CheckpointError: a checkpoint could not be written, or there are some and none is whole.
     """
-    model_settings, data, training = settings
-    config = read_config(model_settings)
-    check_expert_parallel_sizes(training.expert_parallel_sizes, config.num_experts)
-    assert training.output_dir is not None
-    run = RunDirectory(training.output_dir)
+    with ExitStack() as stack:
+        prepared = prepare(settings, stack)
+        main = prepared.accelerator.is_main_process
+        try:
+            step = _train(prepared)
+        except Exception as error:
+            if main:
+                prepared.run.set_status("failed", _last_step(prepared), f"{type(error).__name__}: {error}")
+            raise
+        if main:
+            prepared.run.set_status("stopped" if prepared.run.stopped else "finished", step, prepared.run.stopped)
+        prepared.accelerator.end_training()
+        return prepared.run
 
-    accumulation = training.gradient_accumulation_steps
-    # A step's micro-batches are drawn together: what is left in the data loader must not end the accumulation.
-    accelerator = Accelerator(
-        mixed_precision=training.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
-    )
-    accelerator.wait_for_everyone()  # nobody makes the folder before everybody has found it empty
-    with run.prepared(settings) if accelerator.is_main_process else nullcontext():
-        blocks, tokenizer, domains = prepare_blocks(accelerator, run, config, data, training)
-        sampler = MicroBatchSampler(
-            blocks.with_format(None)["domain"],
-            training.micro_batch_size,
-            training.max_steps * accumulation * accelerator.num_processes,
-            seed=training.seed,
-            micro_batch_domains=data.micro_batch_domains,
-        )
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-        set_seed(training.seed)
-        model = MoEForCausalLM(config)
-        if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        optimizer = build_optimizer(model, training)
-        schedule = build_schedule(optimizer, training)
-        accelerator.wait_for_everyone()  # nobody reads the preparation any more
 
-    balancer = model.balancer
-    balancer.synchronizer.process_group = data_parallel_group(accelerator)
-    balancer.expert_parallel_sizes = training.expert_parallel_sizes
-    # The schedule is not prepared: Accelerate would step it once per process.
-    prepared, optimizer, batches = accelerator.prepare(model, optimizer, DataLoader(blocks, batch_sampler=sampler))
+def _train(prepared: Prepared) -> int:
+    """Make the steps that are left; returns how many have been made since the run began."""
+    accelerator, run, model, batches = prepared.accelerator, prepared.run, prepared.model, prepared.batches
+    wrapped, optimizer, schedule = prepared.wrapped, prepared.optimizer, prepared.schedule
+    balancer, checkpoints, accumulation = model.balancer, prepared.checkpoints, prepared.accumulation
+    _, data, training = prepared.settings
+    rank, num_processes, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+
+    tokens_per_step = num_processes * accumulation * training.micro_batch_size * data.block_size
+    peak = peak_flops(accelerator.device, training.peak_teraflops, training.mixed_precision)
+    guard = SpikeGuard(training.spike_sigma, training.max_skipped_steps)
+    metrics = StepMetrics(prepared.packed.domains, accelerator.device)
+    steps_made, seconds_before = 0, 0.0
+    if prepared.resumed is not None:
+        steps_made, seconds_before = prepared.resumed["step"], prepared.resumed["seconds"]
+        guard.load_state_dict(prepared.resumed["guard"])
+        metrics.load_state_dict(prepared.resumed["metrics"], rank, num_processes)
+    start = logged = saved = time.monotonic()
+    last_logged_step = steps_made
+
+    def save(step: int) -> None:
+        nonlocal saved
+        state = {
+            "step": step,
+            "tokens": step * tokens_per_step,
+            "seconds": seconds_before + time.monotonic() - start,
+            "world_size": num_processes,
+            "data": batches.state_dict(),
+            "balancer": balancer.state_dict(),
+            "guard": guard.state_dict(),
+            "metrics": gather_object([metrics.state_dict()]),
+            "versions": versions(),
+        }
+        checkpoints.save(step, model, optimizer.optimizer, state, save_tokenizer=prepared.tokenizer.save_pretrained)
+        saved = time.monotonic()
 
     accelerator.print(
-        f"{model.num_parameters() / 1e6:.1f} M parameters, {accelerator.num_processes} processes, "
-        f"{len(blocks)} blocks of {data.block_size} tokens from {len(domains)} domains, "
-        f"balancing: {config.balancing_mode}"
+        f"{model.num_parameters() / 1e6:.1f} M parameters, {num_processes} processes, "
+        f"{tokens_per_step} tokens a step from {len(prepared.packed.domains)} domains, "
+        f"balancing: {prepared.config.balancing_mode}; from step {steps_made} to {training.max_steps}"
     )
-    tokens_per_step = accelerator.num_processes * accumulation * training.micro_batch_size * data.block_size
-    metrics = StepMetrics()
-    history: list[float] = []
-    prepared.train()
-    start = logged = time.perf_counter()
-    last_logged_step = 0
-    batches = iter(batches)
-    progress = tqdm(range(1, training.max_steps + 1), unit="step", disable=not accelerator.is_main_process)
-    for step in progress:
-        logging = step == 1 or step % training.logging_steps == 0 or step == training.max_steps
-        micro_batches = [next(batches) for _ in range(accumulation)]
-        labels = sum(batch["labels"][:, 1:].ne(-100).sum() for batch in micro_batches)
-        num_items_in_batch = accelerator.reduce(labels, "sum")
+    if main:
+        run.set_status("running", steps_made)
+    if training.trackers:
+        accelerator.init_trackers("equipoise", config=flat(vars(training) | vars(data)))
+    data_state = None if prepared.resumed is None else prepared.resumed["data"]
+    step, steps = steps_made, batches.steps(steps_made, data_state)
+    progress = tqdm(initial=steps_made, total=training.max_steps, unit="step", disable=not main)
+    with progress, Interruption(training.max_hours) as interruption:
+        while step < training.max_steps and run.stopped is None:
+            step += 1
+            logging = step == 1 or step % training.logging_steps == 0 or step == training.max_steps
+            times = PhaseTimes(logging)
+            with times("data"):
+                micro_batches = send_to_device(next(steps), accelerator.device)
+            with times("synchronisation"):
+                labels = torch.stack([batch["labels"][:, 1:].ne(-100).sum() for batch in micro_batches]).sum()
+                num_items_in_batch = accelerator.reduce(labels, "sum")
 
-        if balancer.settings.load_estimate == "exact":
-            with balancer.prepass():
-                for batch in micro_batches:
-                    prepared(
-                        input_ids=batch["input_ids"],
-                        position_ids=batch["position_ids"],
-                        labels=batch["labels"],
-                        use_cache=False,
-                    )
+            if balancer.settings.load_estimate == "exact":
+                with balancer.prepass(), times("forward"):
+                    for batch in micro_batches:
+                        wrapped(
+                            input_ids=batch["input_ids"],
+                            position_ids=batch["position_ids"],
+                            labels=batch["labels"],
+                            use_cache=False,
+                        )
 
-        for batch in micro_batches:
-            with accelerator.accumulate(prepared):
-                outputs = prepared(
-                    input_ids=batch["input_ids"],
-                    position_ids=batch["position_ids"],
-                    labels=batch["labels"],
-                    num_items_in_batch=num_items_in_batch,
-                    use_cache=False,
-                )
-                # The loss is this micro-batch's share of the global batch's: undo the means that Accelerate (over
-                # micro-steps) and DDP (over processes) take, so that the shares add up.
-                accelerator.backward(outputs.loss * accumulation * accelerator.num_processes)
-                if accelerator.sync_gradients:
-                    gradient_norm = accelerator.clip_grad_norm_(
-                        prepared.parameters(), training.max_grad_norm or math.inf
-                    )
-                    if training.log_expert_gradients and logging:
-                        expert_gradients = model.expert_gradient_norms()
-                optimizer.step()
+            for number, batch in enumerate(micro_batches):
+                # Dropout is a function of the seed and the micro-batch, whichever process has it: nothing to save.
+                torch.manual_seed(_dropout_seed(training.seed, step, number * num_processes + rank))
+                set_gradient_sync(wrapped, number == accumulation - 1)
+                with accelerator.accumulate(wrapped):
+                    with times("forward"):
+                        outputs = wrapped(
+                            input_ids=batch["input_ids"],
+                            position_ids=batch["position_ids"],
+                            labels=batch["labels"],
+                            num_items_in_batch=num_items_in_batch,
+                            use_cache=False,
+                        )
+                    with times("backward"):
+                        # The loss is this micro-batch's share of the global batch's: undo the means that Accelerate
+                        # (over micro-steps) and DDP (over processes) take, so that the shares add up.
+                        accelerator.backward(outputs.loss * accumulation * num_processes)
+                metrics.add_micro_batch(outputs, prepared.sequence_losses, batch["domain"])
+
+            with times("synchronisation"):
+                reason = interruption.reason()
+                save_is_due = main and _is_due(training.checkpoint_minutes, saved)
+                votes = [metrics.step_loss(), torch.tensor([reason is not None, save_is_due]).to(labels.device)]
+                loss, stop, save_by_time = accelerator.reduce(torch.hstack(votes), "sum").tolist()
+            with times("optimizer"):
+                norm = accelerator.clip_grad_norm_(wrapped.parameters(), training.max_grad_norm or math.inf)
+                gradient_norm = whole(norm).item()
+                objection = guard.objection(loss, gradient_norm)
+                if training.log_expert_gradients and logging:
+                    expert_gradients = model.expert_gradient_norms()
+                if objection is None:
+                    optimizer.step()
                 optimizer.zero_grad()
-                metrics.add_micro_batch(outputs)
-        balancer.after_optimizer_step(skipped=accelerator.optimizer_step_was_skipped)
-        learning_rate = schedule.get_last_lr()[0]
-        schedule.step()
-        metrics.end_step()
+                balancer.after_optimizer_step(skipped=objection is not None)
+            metrics.end_step(made=objection is None)
+            learning_rate = schedule.get_last_lr()[0]
+            schedule.step()
+            progress.update()
 
-        if logging:
-            record, load = metrics.read(accelerator, balancer)
-            now = time.perf_counter()
-            speed = (step - last_logged_step) * tokens_per_step / (now - logged)
-            logged, last_logged_step = now, step
-            lm_loss = record["lm_loss"]
-            assert isinstance(lm_loss, float)
-            if not math.isfinite(lm_loss):
-                raise FloatingPointError(
-                    f"the loss must stay finite; got {lm_loss} by step {step}, at learning rate {learning_rate:.2g}"
-                )
-            history.append(lm_loss)
-            if accelerator.is_main_process:
-                position = {"step": step, "tokens": step * tokens_per_step}
-                pace = {
-                    "learning_rate": learning_rate,
-                    "grad_norm": gradient_norm.item(),
-                    "tokens_per_second": speed,
-                    "seconds": now - start,
-                }
-                run.append("metrics.jsonl", position | record | pace)
-                routed: dict[str, Any] = {"step": step, "load": load}
-                if training.log_expert_gradients and expert_gradients is not None:
-                    routed["expert_grad_norm"] = expert_gradients.tolist()
-                run.append("load.jsonl", routed)
-                gerrymandered = record.get("token_gerrymandering")
-                if isinstance(gerrymandered, list) and any(gerrymandered):
-                    layers = [layer for layer, found in enumerate(gerrymandered) if found]
-                    warnings.warn(
-                        f"step {step}: in the MoE layers {layers} the load-balancing loss is below 1 while MaxVio "
-                        "grows: it is being lowered without balance",
-                        stacklevel=1,
+            if objection is not None:
+                accelerator.print(f"step {step} is skipped: {objection}")
+                if main:
+                    record = {"step": step, "why": objection, "loss": str(loss), "grad_norm": str(gradient_norm)}
+                    run.append("skipped.jsonl", record | {"micro_batches": batches.contents(step - 1)})
+                if guard.exhausted:
+                    raise FloatingPointError(
+                        f"the loss must stay finite and in line; {guard.patience} steps in a row were skipped, the "
+                        f"last, {step}, at learning rate {learning_rate:.2g}, because {objection}"
                     )
-                progress.set_postfix(loss=f"{lm_loss:.3f}")
-    seconds = time.perf_counter() - start
 
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+            if logging:
+                record, load = metrics.read(accelerator, balancer)
+                now = time.monotonic()
+                speed = (step - last_logged_step) * tokens_per_step / (now - logged)
+                flops = speed * prepared.flops_per_token / num_processes
+                logged, last_logged_step = now, step
+                if main:
+                    position = {"step": step, "tokens": step * tokens_per_step}
+                    pace: dict[str, Any] = {
+                        "learning_rate": learning_rate,
+                        "grad_norm": gradient_norm if math.isfinite(gradient_norm) else None,
+                        "skipped_steps": guard.skipped,
+                        "tokens_per_second": speed,
+                        "teraflops_per_device": flops / 1e12,
+                        "seconds": seconds_before + now - start,
+                        "step_seconds": times.seconds,
+                    }
+                    if peak is not None:
+                        pace["model_flops_utilisation"] = flops / peak
+                    run.append("metrics.jsonl", position | record | pace)
+                    routed: dict[str, Any] = {"step": step, "load": load}
+                    if training.log_expert_gradients and expert_gradients is not None:
+                        routed["expert_grad_norm"] = expert_gradients.tolist()
+                    run.append("load.jsonl", routed)
+                    _warn_of_gerrymandering(step, record)
+                    progress.set_postfix(loss=f"{record['lm_loss']:.3f}" if "lm_loss" in record else "skipped")
+                    accelerator.log(flat(position | record | pace), step=step)
 
-        def save(path):
-            accelerator.unwrap_model(prepared).save_pretrained(path)
-            tokenizer.save_pretrained(path)
+            if stop:
+                reasons = gather_object([reason])
+                run.stopped = next(found for found in reasons if found is not None)
+            by_step = training.checkpoint_steps and step % training.checkpoint_steps == 0
+            if by_step or save_by_time or stop or step == training.max_steps:
+                save(step)
+                if main:
+                    run.set_status("running", step)
 
-        write_whole(run.path / "model", save)
-        summary = {
-            "world_size": accelerator.num_processes,
-            "gradient_accumulation_steps": accumulation,
-            "balancing_mode": config.balancing_mode,
-            "parameters": model.num_parameters(),
-            "domains": domains,
-            "steps": training.max_steps,
-            "tokens": training.max_steps * tokens_per_step,
-            "seconds": seconds,
-            "tokens_per_second": training.max_steps * tokens_per_step / seconds,
-            "lm_loss_start": history[0],
-            "lm_loss_end": history[-1],
-            "max_vio_batch": record.get("max_vio_batch"),
-            "max_vio_micro": record.get("max_vio_micro"),
-            "device": str(accelerator.device),
-            "versions": {name: version(name) for name in ("equipoise", "torch", "transformers", "accelerate")},
-        }
-        write_json(run.path / "training.json", summary)
+        if step == training.max_steps:
+            run.stopped = None  # asked to stop just when it was done
+    checkpoints.close()
+    if run.stopped is not None:
+        accelerator.print(f"stopped after step {step}: {run.stopped}; to go on, run it again with --resume")
+        return step
+
+    seconds = seconds_before + time.monotonic() - start
+    weights = whole_state_dict(model)
+    if main:
+
+        def save_model(path):
+            model.save_pretrained(path, state_dict=weights)
+            prepared.tokenizer.save_pretrained(path)
+
+        write_whole(run.path / "model", save_model)
+        record = summary(prepared, step, step * tokens_per_step, seconds, guard.skipped)
+        write_json(run.path / "training.json", record)
     accelerator.print(f"model, tokenizer and metrics are in {run.path}")
-    accelerator.end_training()
-    return run
+    return step
+
+
+def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    return int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _is_due(minutes: float | None, since: float) -> bool:
+    return minutes is not None and time.monotonic() - since >= 60 * minutes
+
+
+def _last_step(prepared: Prepared) -> int:
+    found = prepared.checkpoints.found()
+    return found[-1].step if found else 0
+
+
+def _warn_of_gerrymandering(step: int, record: dict[str, Any]) -> None:
+    gerrymandered = record.get("token_gerrymandering", [])
+    if any(gerrymandered):
+        layers = [layer for layer, found in enumerate(gerrymandered) if found]
+        warnings.warn(
+            f"step {step}: in the MoE layers {layers} the load-balancing loss is below 1 while MaxVio grows: it is "
+            "being lowered without balance",
+            stacklevel=2,
+        )
 
 
 __all__ = ["train"]

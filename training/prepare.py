@@ -1,12 +1,172 @@
-"""From settings to what the loop needs: a checked configuration, a tokenizer and packed blocks."""
+"""From settings to what the loop works with: everything that can be wrong is found here."""
 
+import json
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from accelerate.utils import GradientAccumulationPlugin, broadcast, broadcast_object_list, set_seed
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ..configuration import DataSettings, ModelSettings, MoEConfig, TrainingSettings
-from ..data import load_tokenizer, pack_documents, read_documents, sample_texts, train_tokenizer
+from ..balancing import check_expert_parallel_sizes
+from ..configuration import (
+    BalancingSettings,
+    ModelSettings,
+    MoEConfig,
+    RunSettings,
+    TrainingSettings,
+)
+from ..data import (
+    MicroBatches,
+    PackedCorpus,
+    description_differences,
+    load_tokenizer,
+    open_corpus,
+    pack,
+    train_tokenizer,
+    write_json,
+)
+from ..integrations import data_parallel_group, shard, sharding_mesh
+from ..modeling import MoEForCausalLM
+from .checkpoints import Checkpoint, Checkpoints
+from .flops import training_flops_per_token
+from .optimization import build_optimizer, build_schedule
 from .run_directory import RunDirectory
+from .step_metrics import SequenceLosses
+
+# What a resumed run may change of a configuration: how it balances, and what only generation reads.
+_FREE = {*vars(BalancingSettings()), "use_cache", "output_router_logits"}
+
+
+@dataclass
+class Prepared:
+    """What the loop works with."""
+
+    accelerator: Accelerator
+    run: RunDirectory
+    settings: RunSettings
+    """As given, or as the run that is resumed has them."""
+    config: MoEConfig
+    tokenizer: PreTrainedTokenizerBase
+    packed: PackedCorpus
+    batches: MicroBatches
+    accumulation: int
+    """Micro-batches of each process in one optimizer step."""
+    checkpoints: Checkpoints
+    model: MoEForCausalLM
+    """As it is saved."""
+    wrapped: Any
+    """The same, as it is called: under DDP, FSDP or by itself."""
+    flops_per_token: float
+    sequence_losses: SequenceLosses
+    optimizer: Any
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    resumed: dict[str, Any] | None
+    """The state of the checkpoint the run goes on from; `None` at the beginning."""
+
+
+def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
+    """Check everything, read the text, build or load the model, and make or open the run directory.
+
+    Every process calls it; where one must wait for another it does.
+
+    Args:
+        stack: keeps what must be given back in the end, whatever happens: the lock on the run directory.
+
+    Raises:
+        ValueError: bad settings or data; a new run leaves nothing behind then.
+        CheckpointError: there are checkpoints to resume from, and none is whole.
+    """
+    config = read_config(settings[0])
+    check_expert_parallel_sizes(settings[2].expert_parallel_sizes, config.num_experts)
+    assert settings[2].output_dir is not None
+    run = RunDirectory(settings[2].output_dir, resume=settings[2].resume)
+    accelerator = build_accelerator(run, settings[2])
+    accelerator.wait_for_everyone()  # nobody makes the folder before everybody has found it empty
+    if run.resumed:
+        if accelerator.is_main_process:
+            stack.enter_context(run.locked())
+        accelerator.wait_for_everyone()
+        settings = run.settled(settings)
+    _, data, training = settings
+    num_processes = accelerator.num_processes
+    accumulation = training.micro_batches_per_step(num_processes) // num_processes
+    accelerator.gradient_accumulation_steps = accumulation
+    mesh = None
+    if training.sharding != "none":
+        shard_size = training.shard_size or torch.accelerator.device_count() or num_processes
+        mesh = sharding_mesh(accelerator.device.type, shard_size if training.sharding == "hsdp" else None)
+
+    with run.prepared() if accelerator.is_main_process and not run.resumed else nullcontext():
+        packed, tokenizer = prepare_text(accelerator, run, config, settings)
+        batches = MicroBatches(
+            packed,
+            micro_batch_size=training.micro_batch_size,
+            micro_batches_per_step=accumulation * num_processes,
+            seed=training.seed,
+            micro_batch_domains=data.micro_batch_domains,
+            rank=accelerator.process_index,
+            world_size=num_processes,
+            broadcast=lambda tensor: broadcast(tensor.to(accelerator.device)).cpu(),
+        )
+        checkpoints = Checkpoints(
+            run.checkpoints, keep=training.keep_checkpoints, background=training.async_checkpoints
+        )
+        checkpoint = broadcast_object_list([checkpoints.newest() if accelerator.is_main_process else None])[0]
+        set_seed(training.seed)
+        model = build_model(config, checkpoint)
+        accelerator.wait_for_everyone()  # nobody reads the preparation any more
+    accelerator.wait_for_everyone()
+    state = None if checkpoint is None else checkpoint.state()
+    if accelerator.is_main_process:
+        if run.resumed:
+            run.tidy(0 if checkpoint is None else checkpoint.step)
+            run.write_settings(settings, run.path)
+        else:
+            stack.enter_context(run.locked())
+
+    flops_per_token = training_flops_per_token(model, config, data.block_size)
+    model.loss_function = sequence_losses = SequenceLosses()
+    balancer = model.balancer
+    balancer.expert_parallel_sizes = training.expert_parallel_sizes
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if training.compile:
+        for layer in model.model.layers:  # the layers are alike: compiled once, and counting stays outside
+            layer.compile()
+    model.train()
+    if mesh is None:
+        wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, training))
+        balancer.synchronizer.process_group = data_parallel_group(accelerator)
+    else:
+        wrapped = shard(model.to(accelerator.device), mesh, bf16=training.mixed_precision == "bf16")
+        optimizer = accelerator.prepare(build_optimizer(model, training))
+        balancer.synchronizer.process_group = data_parallel_group(mesh)
+    if checkpoint is not None and state is not None:
+        checkpoint.load_optimizer(model, optimizer.optimizer)
+        balancer.load_state_dict(state["balancer"])
+    # The schedule is not Accelerate's, which would step it once per process.
+    schedule = build_schedule(optimizer.optimizer, training, 0 if state is None else state["step"])
+    return Prepared(
+        accelerator=accelerator,
+        run=run,
+        settings=settings,
+        config=config,
+        tokenizer=tokenizer,
+        packed=packed,
+        batches=batches,
+        accumulation=accumulation,
+        checkpoints=checkpoints,
+        model=model,
+        wrapped=wrapped,
+        flops_per_token=flops_per_token,
+        sequence_losses=sequence_losses,
+        optimizer=optimizer,
+        schedule=schedule,
+        resumed=state,
+    )
 
 
 def read_config(settings: ModelSettings) -> MoEConfig:
@@ -34,53 +194,87 @@ def read_config(settings: ModelSettings) -> MoEConfig:
         raise ValueError(f"config_overrides must give every parameter that is needed: {error.args[0]}") from error
 
 
-def prepare_blocks(
-    accelerator: Accelerator,
-    run: RunDirectory,
-    config: MoEConfig,
-    data: DataSettings,
-    training: TrainingSettings,
-) -> tuple[Dataset, PreTrainedTokenizerBase, list[str]]:
-    """Read, tokenize and pack the training text; keep the held-out documents and the tokenizer in the run directory.
+def build_accelerator(run: RunDirectory, training: TrainingSettings) -> Accelerator:
+    """The Accelerator; it starts the process group."""
+    return Accelerator(
+        mixed_precision=training.mixed_precision if training.sharding == "none" else "no",  # shards have a policy
+        # A step's micro-batches are drawn together: what is left of the data must not end the accumulation.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        log_with=training.trackers or None,
+        project_dir=run.path,
+    )
+
+
+def prepare_text(
+    accelerator: Accelerator, run: RunDirectory, config: MoEConfig, settings: RunSettings
+) -> tuple[PackedCorpus, PreTrainedTokenizerBase]:
+    """Read, tokenize and pack the training text; keep in the run directory what it was, the held-out documents and the
+    tokenizer. The ids of special tokens go into the configuration.
 
     The main process does the work first; the others then find it in the cache.
 
-    Returns:
-        The packed blocks, the tokenizer, and the domains' names in the order of the blocks' `domain` column.
-
     Raises:
-        ValueError: the text cannot be read (see `read_documents`), or the tokenizer is larger than the vocabulary.
+        ValueError: the text cannot be read (see `open_corpus`); the tokenizer is larger than the vocabulary; or a run
+            that is resumed had other text.
     """
+    _, data, training = settings
     if data.block_size > config.max_position_embeddings:
         raise ValueError(
             f"block_size must be at most max_position_embeddings ({config.max_position_embeddings}); "
             f"got {data.block_size}"
         )
-    assert data.data is not None
-    tokenizer_folder = run.preparation / "tokenizer"
+    folder = run.path if run.resumed else run.preparation
     with accelerator.main_process_first():
-        documents = read_documents(
-            data.data,
-            text_column=data.text_column,
-            domain_column=data.domain_column,
-            validation_fraction=data.validation_fraction,
-            max_train_bytes_per_domain=data.max_train_bytes_per_domain,
-            max_validation_bytes_per_domain=data.max_validation_bytes_per_domain,
-        )
-        if accelerator.is_main_process:
-            documents["validation"].to_parquet(run.preparation / "validation.parquet")
+        corpus = open_corpus(data, seed=training.seed)
+        if run.resumed:
+            ran = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+            changes = description_differences(ran, corpus.description())
+            if changes:
+                raise ValueError(f"data must be what the run was begun with, see {folder}/data.json; {changes[0]}")
+        elif accelerator.is_main_process:
+            run.write_settings(settings, folder)
+            write_json(folder / "data.json", corpus.description())
+            corpus.held_out.to_parquet(folder / "validation.parquet")
             if data.tokenizer is None:
-                tokenizer = train_tokenizer(sample_texts(documents["train"]), config.vocab_size)
+                tokenizer = train_tokenizer(corpus.sample_texts(), config.vocab_size)
             else:
                 tokenizer = load_tokenizer(data.tokenizer)
-            tokenizer.save_pretrained(tokenizer_folder)
+            tokenizer.save_pretrained(folder / "tokenizer")
         # Every process reads what was saved: one tokenizer, and one key for the cache of packed blocks.
-        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer = load_tokenizer(folder / "tokenizer")
         if len(tokenizer) > config.vocab_size:
             raise ValueError(
                 f"vocab_size must hold the tokenizer's {len(tokenizer)} tokens ({data.tokenizer}); "
                 f"got {config.vocab_size}"
             )
-        domains = sorted(documents["train"].unique("domain"))
-        blocks = pack_documents(documents["train"], tokenizer, data.block_size, domains=domains, seed=training.seed)
-    return blocks.with_format("torch"), tokenizer, domains
+        packed = pack(corpus, tokenizer, data.block_size, seed=training.seed)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    return packed, tokenizer
+
+
+def build_model(config: MoEConfig, checkpoint: Checkpoint | None) -> MoEForCausalLM:
+    """A new model, or a checkpoint's, in fp32.
+
+    Raises:
+        ValueError: the checkpoint is of another architecture; the message names the field.
+    """
+    if checkpoint is None:
+        return MoEForCausalLM(config)
+    saved = MoEConfig.from_pretrained(checkpoint.model).to_dict()
+    for name, value in config.to_dict().items():
+        if name in MoEConfig.__annotations__ and name not in _FREE and saved.get(name) != value:
+            raise ValueError(
+                f"{name} must stay as it was when a run is resumed ({saved.get(name)}, in {checkpoint.path}); "
+                f"got {value}"
+            )
+    model = MoEForCausalLM.from_pretrained(checkpoint.model, config=config, dtype=torch.float32)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            # Where the file lies in memory it may start at any byte, and matrix products of weights that are aligned
+            # otherwise round otherwise: a resumed run would not be the same to the bit.
+            tensor.data = tensor.data.clone()
+    return model
+
+
+__all__ = ["Prepared", "prepare"]

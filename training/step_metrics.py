@@ -1,8 +1,11 @@
 """What the steps since the last logging step came to, summed on the device and read once.
 
-`L` MoE layers, `E` experts.
+`B` sequences, `T` positions, `V` vocabulary, `L` MoE layers, `E` experts.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -11,45 +14,101 @@ from ..balancing import Balancer
 from ..modeling import MoECausalLMOutput
 
 
-class StepMetrics:
-    """Adds up losses without waiting for the device; `read` reduces them over the processes."""
+class SequenceLosses:
+    """The language-model loss of Transformers, that also remembers each sequence's: for `model.loss_function`.
 
-    def __init__(self) -> None:
+    Attributes:
+        sums: float `[B]`, nats over the positions of each sequence, of the last forward pass.
+        counts: int64 `[B]`, its positions that bear loss.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor,
+        **_: Any,
+    ) -> Tensor:
+        """Loss of `logits` `[B, T, V]` and `labels` `[B, T]`, shifted here, summed and divided by
+        `num_items_in_batch`."""
+        targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().view(-1, vocab_size), targets.reshape(-1), ignore_index=-100, reduction="none"
+        ).view(targets.shape)
+        self.sums, self.counts = losses.detach().sum(-1), targets.ne(-100).sum(-1)
+        return losses.sum() / num_items_in_batch
+
+
+class StepMetrics:
+    """Adds up losses without waiting for the device; `read` reduces them over the processes.
+
+    Args:
+        domains: names, in the order of the indices that micro-batches bring.
+    """
+
+    def __init__(self, domains: list[str], device: torch.device) -> None:
+        self._domains, self._device = domains, device
         self._clear()
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._this_step: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
+        # Loss and positions of each domain, in float64: counts must stay exact.
+        self._by_domain = torch.zeros(2, len(self._domains), dtype=torch.float64, device=self._device)
         self._micro_batches = 0
         self._steps = 0
 
-    def add_micro_batch(self, outputs: MoECausalLMOutput) -> None:
-        """Take in one forward pass of this process."""
+    def add_micro_batch(self, outputs: MoECausalLMOutput, losses: SequenceLosses, domain: Tensor) -> None:
+        """Take in one forward pass of this process.
+
+        Args:
+            domain: int64 `[B]`, each sequence's.
+        """
         assert outputs.lm_loss is not None
         values = {"lm_loss": outputs.lm_loss, **(outputs.aux_losses or {})}
         if outputs.aux_loss is not None:
             values["aux_loss"] = outputs.aux_loss.detach()
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        self._micro_batches += 1
+        self._this_step.append((values, torch.stack([losses.sums, losses.counts]).double(), domain))
 
-    def end_step(self) -> None:
-        """One optimizer step is complete."""
-        self._steps += 1
+    def step_loss(self) -> Tensor:
+        """This process' share of the language-model loss of the step so far."""
+        return torch.stack([values["lm_loss"] for values, _, _ in self._this_step]).sum()
 
-    def read(self, accelerator: Accelerator, balancer: Balancer) -> tuple[dict[str, float | list], list[list[int]]]:
-        """Mean losses since the last call, and the balance of the last global batch. Every process must call it.
+    def end_step(self, *, made: bool) -> None:
+        """The step's micro-batches are complete; what they came to counts if the optimizer step was made."""
+        for values, by_domain, domain in self._this_step if made else ():
+            for name, value in values.items():
+                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+            self._by_domain.index_add_(1, domain, by_domain)
+            self._micro_batches += 1
+        self._steps += made
+        self._this_step.clear()
+
+    def read(self, accelerator: Accelerator, balancer: Balancer) -> tuple[dict[str, Any], list[list[int]]]:
+        """Mean losses over the steps made since the last call, and the balance of the last global batch. Every process
+        must call it.
 
         Returns:
             Numbers by name, those of a layer as lists: `lm_loss` (nats per token over the global batch), `aux_loss`
-            (what balancing added to it), each balancing term by itself, and `Balancer.metrics`; and the load `[L][E]`.
+            (what balancing added to it), each balancing term by itself, `Balancer.metrics`, and `domain_loss` (nats
+            per token, of the domains that were seen); and the load `[L][E]`.
         """
         names = sorted(self._sums)
-        sums = accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
+        own = torch.stack([self._sums[name] for name in names]) if names else torch.zeros(0, device=self._device)
+        sums = accelerator.reduce(own, "sum").tolist()
         # Losses are shares of the global batch's; terms are values of a micro-batch.
         per_micro_batch = self._micro_batches * accelerator.num_processes
-        record: dict[str, float | list] = {
+        record: dict[str, Any] = {
             name: total / (self._steps if name in ("lm_loss", "aux_loss") else per_micro_batch)
             for name, total in zip(names, sums, strict=True)
+        }
+        losses, counts = accelerator.reduce(self._by_domain, "sum").tolist()
+        record["domain_loss"] = {
+            name: loss / count for name, loss, count in zip(self._domains, losses, counts, strict=True) if count
         }
         metrics = balancer.metrics()
         load: list[list[int]] = []
@@ -58,3 +117,34 @@ class StepMetrics:
             record |= {name: value.tolist() for name, value in metrics.items() if name != "tokens"}
         self._clear()
         return record, load
+
+    def state_dict(self) -> dict[str, Any]:
+        """This process' sums, as JSON holds them to the bit."""
+        return {
+            "sums": {name: value.item() for name, value in self._sums.items()},
+            "by_domain": self._by_domain.tolist(),
+            "micro_batches": self._micro_batches,
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, states: list[dict[str, Any]], rank: int, world_size: int) -> None:
+        """Go on from the sums of all processes; on another number of processes the first takes them all."""
+        if len(states) != world_size:
+            total = {
+                "sums": {name: sum(state["sums"][name] for state in states) for name in states[0]["sums"]},
+                "by_domain": np.sum([state["by_domain"] for state in states], axis=0).tolist(),
+            }
+            zero = {
+                "sums": dict.fromkeys(total["sums"], 0.0),
+                "by_domain": torch.zeros_like(self._by_domain).tolist(),
+            }
+            micro_batches = sum(state["micro_batches"] for state in states)
+            counts = {"micro_batches": micro_batches // world_size, "steps": states[0]["steps"]}
+            states = [(zero if other else total) | counts for other in range(world_size)]
+        state = states[rank]
+        self._sums = {name: torch.tensor(value, device=self._device) for name, value in state["sums"].items()}
+        self._by_domain = torch.tensor(state["by_domain"], dtype=torch.float64, device=self._device)
+        self._micro_batches, self._steps = state["micro_batches"], state["steps"]
+
+
+__all__ = ["SequenceLosses", "StepMetrics"]
