@@ -6,15 +6,14 @@ batch, every 25th the MaxVio over held-out text (*global*). About 14 minutes a r
 python benchmarks/bias_updates.py --data CORPUS --output RESULT.json
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from small_training import SmallTraining, inputs, step
-from torch.utils.data import DataLoader
+from small_training import SmallTraining, step
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -61,12 +60,11 @@ def main() -> None:
     for name in arguments.runs:
         if name not in RUNS:
             raise SystemExit(f"runs must be among {', '.join(RUNS)}; got {name}")
-    blocks, held_out = arguments.blocks()
-    chosen = held_out.shuffle(seed=arguments.seed).select(range(min(arguments.held_out_blocks, len(held_out))))
-    evaluation = [
-        {name: value for name, value in inputs(batch).items() if name != "labels"}
-        for batch in DataLoader(chosen.with_format("torch"), batch_size=16)
-    ]
+    packed, held_out = arguments.packed()
+    count = min(arguments.held_out_blocks, sum(map(len, held_out.blocks.values())))
+    (evaluation,) = replace(arguments, micro_batch_size=1, micro_batch_domains="mixed").batches(held_out, 1, count)
+    for batch in evaluation:
+        del batch["labels"]
     results = {}
     for name in arguments.runs:
         rule = name.split(",")[0]
@@ -75,7 +73,7 @@ def main() -> None:
         )
         optimizer, schedule = arguments.optimizer(model)
         batch_vio, global_vio, losses = [], {}, []
-        batches = arguments.batches(blocks, arguments.steps, arguments.accumulation)
+        batches = arguments.batches(packed, arguments.steps, arguments.accumulation)
         for number, batch in enumerate(tqdm(batches, desc=name, total=arguments.steps, unit="step"), start=1):
             losses.append(step(model, optimizer, schedule, batch))
             metrics = model.balancer.metrics()

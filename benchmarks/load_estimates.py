@@ -139,13 +139,13 @@ def main() -> None:
     if len(products) != 1:
         raise SystemExit(f"layouts must all have one product of ranks and accumulation; got {arguments.layouts}")
     (micro_batches,) = products
-    blocks, _ = arguments.blocks()
+    packed, _ = arguments.packed()
     model = arguments.model(load_estimate="running")
     optimizer, schedule = arguments.optimizer(model)
     measured: dict[int, list[dict]] = {at: [] for at in arguments.at}
     losses: list[float] = []
     steps = max(arguments.at)
-    batches = arguments.batches(blocks, steps, micro_batches)
+    batches = arguments.batches(packed, steps, micro_batches)
     for number, batch in enumerate(tqdm(batches, total=steps, unit="step"), start=1):
         for at in arguments.at:
             if at - 3 < number <= at:

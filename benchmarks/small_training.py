@@ -1,17 +1,17 @@
 """A small training run in one process, for benchmarks that look inside: data, model, optimizer, one step."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import AutoConfig, set_seed
 
 from equipoise import MoEForCausalLM
-from equipoise.data import MicroBatchSampler, pack_documents, read_documents, sample_texts, train_tokenizer
+from equipoise.configuration import DataSettings
+from equipoise.data import Corpus, MicroBatches, PackedCorpus, open_corpus, pack, train_tokenizer
 
 
 @dataclass
@@ -28,30 +28,32 @@ class SmallTraining:
     learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW, after 50 steps of warm-up."})
     seed: int = field(default=0, metadata={"help": "Of weights and data order."})
 
-    def blocks(self) -> tuple[Dataset, Dataset]:
+    def packed(self) -> tuple[PackedCorpus, PackedCorpus]:
         """Packed blocks, of training and of held-out text."""
-        documents = read_documents(self.data, max_train_bytes_per_domain=self.max_train_bytes_per_domain)
-        vocab_size = AutoConfig.from_pretrained(self.preset).vocab_size
-        tokenizer = train_tokenizer(sample_texts(documents["train"]), vocab_size)
-        domains = sorted(documents["train"].unique("domain"))
-        train, held_out = (
-            pack_documents(documents[split], tokenizer, self.block_size, domains=domains, seed=self.seed)
-            for split in ("train", "validation")
+        settings = DataSettings(data=self.data, max_train_bytes_per_domain=self.max_train_bytes_per_domain)
+        corpus = open_corpus(settings, self.seed)
+        tokenizer = train_tokenizer(corpus.sample_texts(), AutoConfig.from_pretrained(self.preset).vocab_size)
+        held_out = {
+            name: replace(domain, train=domain.held_out, key=domain.held_out_key, train_bytes=domain.held_out_bytes)
+            for name, domain in corpus.documents.items()
+        }
+        train, evaluation = (
+            pack(part, tokenizer, self.block_size, self.seed)
+            for part in (corpus, Corpus(held_out, {}, None, {}, self.seed))
         )
-        return train, held_out
+        return train, evaluation
 
-    def batches(self, blocks: Dataset, steps: int, accumulation: int) -> Iterator[list[dict[str, Tensor]]]:
+    def batches(self, packed: PackedCorpus, steps: int, accumulation: int) -> Iterator[list[dict[str, Tensor]]]:
         """The micro-batches of each optimizer step."""
-        sampler = MicroBatchSampler(
-            blocks["domain"],
-            self.micro_batch_size,
-            steps * accumulation,
+        batches = MicroBatches(
+            packed,
+            micro_batch_size=self.micro_batch_size,
+            micro_batches_per_step=accumulation,
             seed=self.seed,
             micro_batch_domains=self.micro_batch_domains,  # type: ignore[arg-type]  # it refuses anything else
         )
-        loader = iter(DataLoader(blocks.with_format("torch"), batch_sampler=sampler))
-        for _ in range(steps):
-            yield [inputs(next(loader)) for _ in range(accumulation)]
+        for micro_batches in islice(batches.steps(), steps):
+            yield [inputs(batch) for batch in micro_batches]
 
     def model(self, **changes: Any) -> MoEForCausalLM:
         """The preset's model with fields of its configuration changed."""

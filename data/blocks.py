@@ -17,9 +17,9 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .documents import DomainDocuments
+from .encoding import IGNORE_INDEX, encode_documents
 from .keys import cache_file, key_of
 from .order import DOCUMENTS, generator
-from .packing import IGNORE_INDEX, encode, first_token_id
 
 _BATCH_BYTES = 8_000_000  # of text tokenised at once: enough to keep every core busy
 
@@ -91,12 +91,6 @@ def tokenize(documents: DomainDocuments, tokenizer: PreTrainedTokenizerBase, tok
         desc="Tokenising",
     )
     return tokens.with_format(None)
-
-
-def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    """Each document's token ids, int32, opened by bos (eos where there is none) and closed by eos."""
-    first, last = first_token_id(tokenizer), tokenizer.eos_token_id
-    return [np.array([first, *ids, last], dtype=np.int32) for ids in encode(tokenizer, texts)]
 
 
 def _tokenize(table: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:

@@ -191,7 +191,7 @@ def _open_recipe(recipe: Recipe, settings: DataSettings, seed: int) -> Corpus:
 
 
 def _documents_key(domain: DomainDocuments) -> str:
-    return key_of(domain.key, domain.held_out_bytes, len(domain.held_out))
+    return key_of(domain.key, domain.held_out_key)
 
 
 def _gather(recipe: Recipe, name: str, source: DomainSource, settings: DataSettings) -> Gathered:

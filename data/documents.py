@@ -39,6 +39,8 @@ class DomainDocuments:
     held_out: Dataset
     key: str
     """Stands for the text of every document of `train`, in order."""
+    held_out_key: str
+    """The same of `held_out`."""
     train_bytes: int
     held_out_bytes: int
 
@@ -182,13 +184,17 @@ def choose_documents(gathered: Sequence[Gathered], *, seed: int = 0) -> dict[str
                 taken[split] = np.sort(_take_up_to(candidates, hashes, cap))
                 if not len(taken[split]):
                     raise ValueError(_nothing_left(name, split, len(candidates), cap, source.place))
-            train, train_hashes = part["train"]
+            of_taken = {
+                split: {column: values[taken[split]] for column, values in part[split][1].items()} for split in SPLITS
+            }
+            keys = {split: key_of(seed, hashes["key"].astype("<i8").tobytes()) for split, hashes in of_taken.items()}
             chosen[name] = DomainDocuments(
-                train=train.select(taken["train"]),
+                train=part["train"][0].select(taken["train"]),
                 held_out=part["validation"][0].select(taken["validation"]),
-                key=key_of(seed, train_hashes["key"][taken["train"]].astype("<i8").tobytes()),
-                train_bytes=int(train_hashes["num_bytes"][taken["train"]].sum()),
-                held_out_bytes=int(part["validation"][1]["num_bytes"][taken["validation"]].sum()),
+                key=keys["train"],
+                held_out_key=keys["validation"],
+                train_bytes=int(of_taken["train"]["num_bytes"].sum()),
+                held_out_bytes=int(of_taken["validation"]["num_bytes"].sum()),
             )
     if not chosen:
         raise ValueError(f"path must hold at least one document with text; got none in {gathered[0].place}")

@@ -14,8 +14,9 @@ import numpy as np
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .blocks import encode_documents, lay_out
+from .blocks import lay_out
 from .documents import document_hash, is_held_out
+from .encoding import encode_documents
 from .order import WINDOWS, generator
 
 # A window is full with so many documents, or so many bytes of text.

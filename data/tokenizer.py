@@ -1,14 +1,10 @@
 """The tokenizer: a byte-level BPE trained on the documents, or one that is given."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from .documents import document_domains
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -58,25 +54,3 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer must have an eos token to end documents with; got none in {name_or_path}")
     return tokenizer
-
-
-def sample_texts(documents: Dataset, max_bytes: int = 20_000_000, *, seed: int = 0) -> Iterator[str]:
-    """Yields about `max_bytes` UTF-8 bytes of text, as many from each domain, to train a tokenizer on.
-
-    Args:
-        documents: Columns `text` and `domain`, as `read_documents` gives them.
-        max_bytes: Never more than this. A domain with less than its share gives all it has.
-        seed: Which documents are taken; the same seed gives the same texts in the same order.
-    """
-    names = document_domains(documents)
-    domains = sorted(set(names))
-    for number, domain in enumerate(domains):
-        left = max_bytes // len(domains)
-        for index in np.random.default_rng((seed, number)).permutation(np.flatnonzero(names == domain)):
-            text = documents[int(index)]["text"]
-            num_bytes = len(text.encode())
-            if num_bytes <= left:
-                left -= num_bytes
-                yield text
-            if left < 1_000:  # nothing but crumbs would still fit: do not read the whole domain for them
-                break

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .packing import IGNORE_INDEX, encode, first_token_id
+from .encoding import IGNORE_INDEX, encode, first_token_id
 
 
 def windows(token_ids: Sequence[int], block_size: int) -> list[list[int]]:

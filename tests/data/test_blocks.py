@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from equipoise.data import train_tokenizer
-from equipoise.data.blocks import Blocks, encode_documents, labels_of, tokenize
+from equipoise.data.blocks import Blocks, labels_of, tokenize
 from equipoise.data.documents import DomainDocuments
+from equipoise.data.encoding import encode, encode_documents
 from equipoise.data.keys import tokenizer_key
-from equipoise.data.packing import encode
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def documents_of(texts: list[str]) -> DomainDocuments:
     data = Dataset.from_dict({"text": texts, "domain": ["x"] * len(texts)})
     key = hashlib.sha256(repr(texts).encode()).hexdigest()
-    return DomainDocuments(train=data, held_out=data, key=key, train_bytes=sum(map(len, texts)), held_out_bytes=0)
+    size = sum(map(len, texts))
+    return DomainDocuments(train=data, held_out=data, key=key, held_out_key=key, train_bytes=size, held_out_bytes=size)
 
 
 def blocks_of(tokens: list[list[int]], block_size: int, seed: int = 0, domain: int = 0) -> Blocks:

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from equipoise.data import load_tokenizer, sample_texts, train_tokenizer
+from equipoise.data import load_tokenizer, train_tokenizer
 
 TEXTS = [f"for i in range({i}):\n    print('naïve', i)\n" for i in range(50)] + ["le chat est là. 日本語"] * 5
 
@@ -58,15 +57,3 @@ def test_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must have an eos token"):
         load_tokenizer(tmp_path)
-
-
-def test_sample_is_bounded_balanced_and_repeatable() -> None:
-    large, small = [f"large {i:05}" for i in range(3000)], [f"s {i}" for i in range(10)]
-    documents = Dataset.from_dict({"text": large + small, "domain": ["l"] * 3000 + ["s"] * 10})
-    sample = list(sample_texts(documents, 20_000, seed=3))
-    assert sample == list(sample_texts(documents, 20_000, seed=3))
-    assert set(small) <= set(sample)
-    taken = [text for text in sample if text.startswith("large")]
-    assert 9_000 <= sum(map(len, taken)) <= 10_000
-    assert taken != sorted(taken)
-    assert sample != list(sample_texts(documents, 20_000, seed=4))
