@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -34,6 +35,17 @@ from ..balancing import Balancer, expert_gradient_norms, token_mask
 from ..configuration import BalancingSettings, MoEConfig
 from .experts import MoEExperts
 from .router import MoERouter
+
+# How Transformers shares the experts of a layer out over ranks, each expert whole. Not in MoEConfig: which styles
+# there are is known once `modeling_utils`, and so torch, is imported.
+EXPERT_PARALLEL_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj": "grouped_gemm",
+}
+if "ep_dispatch_experts" in ALL_PARALLEL_STYLES:
+    EXPERT_PARALLEL_PLAN |= {"layers.*.mlp.experts": "ep_dispatch_experts"}
+else:
+    EXPERT_PARALLEL_PLAN |= {"layers.*.mlp.gate": "ep_router", "layers.*.mlp.experts": "moe_tp_experts"}
 
 # GLM-4-MoE's parts are the general ones: any RoPE scaling, partial rotary, RMSNorm, gated MLP of any width.
 
@@ -112,9 +124,9 @@ class MoEBlock(nn.Module):
         self, hidden_states: Tensor, kept_selection: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the output `[B, T, D]` and the routing: logits `[N, E]`, experts `[N, K]`."""
-        router_logits, weights, selected_experts = self.gate(hidden_states, kept_selection)
+        router_logits, weights, dispatched, selected_experts = self.gate(hidden_states, kept_selection)
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        output = self.experts(flat, selected_experts, weights.to(flat.dtype)).view(hidden_states.shape)
+        output = self.experts(flat, dispatched, weights.to(flat.dtype)).view(hidden_states.shape)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
         return output, router_logits, selected_experts
@@ -237,6 +249,8 @@ class MoEPreTrainedModel(PreTrainedModel):
 class MoEModel(MoEPreTrainedModel):
     """The decoder without a head."""
 
+    _ep_plan = EXPERT_PARALLEL_PLAN
+
     def __init__(self, config: MoEConfig):
         super().__init__(config)
         config.validate()  # fields may have been set after the configuration was made
@@ -324,6 +338,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: MoEConfig):
         super().__init__(config)
