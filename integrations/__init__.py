@@ -1,19 +1,17 @@
 """Where others' objects are known: Accelerate's mesh, Transformers' expert parallelism, optimizers to follow."""
 
-from .expert_parallelism import clip_grad_norm_, contiguous_shards, shard_experts, sharded_like
+from .expert_parallelism import clip_grad_norm_, shard_experts
 from .optimizer_steps import follow
 from .parallelism import data_parallel_group
 from .sharding import set_gradient_sync, shard, sharding_mesh, whole, whole_state_dict
 
 __all__ = [
     "clip_grad_norm_",
-    "contiguous_shards",
     "data_parallel_group",
     "follow",
     "set_gradient_sync",
     "shard",
     "shard_experts",
-    "sharded_like",
     "sharding_mesh",
     "whole",
     "whole_state_dict",
