@@ -22,6 +22,9 @@ from .order import WINDOWS, generator
 # A window is full with so many documents, or so many bytes of text.
 WINDOW_DOCUMENTS = 1000
 WINDOW_BYTES = 8_000_000
+# A stream of at most so many files is split into the files' own parts (row groups of parquet), in which a place is
+# found at once; for that each file's table of contents is read. Of more, the file that a place lies in is read anew.
+_SPLIT_FILES = 100
 # Documents tokenised at once: the rest of the window waits until it is needed.
 _ENCODED_DOCUMENTS = 64
 _ENCODED_BYTES = 1_000_000
@@ -75,6 +78,13 @@ class TextStream:
         return texts
 
     @cached_property
+    def split_dataset(self) -> IterableDataset:
+        """The data set, split as far as its files allow, in the same order."""
+        if self.dataset.num_shards > _SPLIT_FILES or not hasattr(self.dataset, "reshard"):  # an older datasets
+            return self.dataset
+        return self.dataset.reshard()
+
+    @cached_property
     def _held_out_hashes(self) -> set[int]:
         return {document_hash(text, self.split_seed) for text in self.held_out}
 
@@ -102,9 +112,15 @@ class WindowReader:
 
     def __init__(self, stream: TextStream, state: dict[str, Any] | None = None) -> None:
         self._stream = stream
-        self.state = state or {"window": 0, "epoch": 0, "epoch_bytes": 0, "source": None}
+        num_shards = stream.split_dataset.num_shards
+        self.state = state or {"window": 0, "epoch": 0, "epoch_bytes": 0, "shards": num_shards, "source": None}
         """Where the next window begins, JSON-able: its number, how often the stream has been gone through, bytes of
-        training text read of it this time, and the place in `datasets`' own terms."""
+        training text read of it this time, and the place in `datasets`' own terms, which count its parts."""
+        if self.state["shards"] != num_shards:
+            raise ValueError(
+                f"{stream.place}: domain {stream.name}: state must be of a stream of as many parts ({num_shards}); "
+                f"got one of {self.state['shards']}: of other files, or of another version of datasets"
+            )
         self._open()
 
     def next(self) -> list[str]:
@@ -146,7 +162,7 @@ class WindowReader:
 
     def _open(self) -> None:
         # A data set keeps its own place: every reader has one of its own.
-        self._dataset = self._stream.dataset.with_format(None)
+        self._dataset = self._stream.split_dataset.with_format(None)
         if self.state["source"] is not None:
             self._dataset.load_state_dict(self.state["source"])
         self._texts = _texts(self._dataset, self._stream)

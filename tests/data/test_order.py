@@ -105,3 +105,8 @@ def test_no_two_purposes_share_a_generator() -> None:
 def test_impossible_weights_are_named(weight: float) -> None:
     with pytest.raises(ValueError, match=f"weight must be above 0 and finite; got {weight}"):
         DomainOrder([1, weight], seed=0)
+
+
+def test_exact_weights_of_many_blocks_are_shares() -> None:
+    order = DomainOrder([90_000, 30_000], seed=0, exact=True)
+    assert order.quotas.tolist() == [12_288, 4_096]

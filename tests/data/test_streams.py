@@ -197,3 +197,27 @@ def test_a_stream_that_holds_nothing_out_is_named(tmp_path: Path) -> None:
         ValueError, match=r"domain domain: .* held-out document .*max_validation_bytes \(1\); got none"
     ):
         _ = stream_of(tmp_path, max_validation_bytes=1).held_out
+
+
+def test_a_place_in_other_files_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    place = BlockReader(stream_of(tmp_path), tokenizer, 16, seed=0, domain=0).state_dict()
+    (tmp_path / "other").mkdir()
+    files = write(tmp_path / "other", "parquet", TEXTS, shards=2)
+    other = stream_of(tmp_path, dataset=load_dataset("parquet", data_files=files, split="train", streaming=True))
+    with pytest.raises(
+        ValueError, match=r"domain domain: state must be of a stream of as many parts \(10\); got one of 9"
+    ):
+        BlockReader(other, tokenizer, 16, seed=0, domain=0, state=place)
+
+
+def test_many_files_are_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = stream_of(tmp_path)
+    assert split.split_dataset.num_shards == 9
+    monkeypatch.setattr(streams, "_SPLIT_FILES", 2)
+    whole = stream_of(tmp_path)
+    assert whole.split_dataset.num_shards == 3
+    readers = [WindowReader(stream) for stream in (split, whole)]
+    for _ in range(15):
+        assert readers[0].next() == readers[1].next()
+    again = WindowReader(stream_of(tmp_path), json.loads(json.dumps(readers[1].state)))
+    assert again.next() == readers[1].next()
