@@ -7,10 +7,15 @@ from hypothesis import strategies as st
 from equipoise.data.cleaning import (
     docstrings,
     is_copy,
+    is_garbled,
     is_written_by_hand,
     long_lines,
     normalised,
+    paragraph_pieces,
     pieces,
+    text_of_html,
+    tidied,
+    without_licence_comments,
     without_licence_header,
 )
 
@@ -29,10 +34,58 @@ CODE = "import os\n\n# a comment about nothing\nprint(os.sep)\n"
         ("", "int a;\n// Copyright below the code\n"),
         ("", "#define LICENSE 1\nint a;\n"),
         ("# Copyright Someone\n", "\n# what this file does\nimport os\n"),
+        ("% Copyright Someone\n", "\n% what this package does\n\\newcommand\n"),
+        ("(* === *)\n(* Copyright Someone *)\n(* === *)\n", "let a = 1;;\n(* a comment *)\n"),
     ],
 )
 def test_only_the_licence_header_is_cut(header: str, code: str) -> None:
     assert without_licence_header(header + code).strip() == code.strip()
+
+
+def test_licence_below_the_opening_comment_is_cut_too() -> None:
+    kept = "// what this file does\n\n// Copyright of nobody\nint b;\n"
+    licence = "// Copyright Someone\n// Distributed under some licence\n"
+    assert without_licence_header(licence + "\n" + kept).strip() == "// what this file does\nint b;"
+    guard = "#ifndef A_H\n#define A_H\n"
+    assert without_licence_comments(f"{guard}\n{licence}int a;\n") == f"{guard}\nint a;\n"
+    assert without_licence_comments(f"{guard}/* Copyright\n * Someone\n */\nint a;\n") == f"{guard}int a;\n"
+    assert without_licence_comments(f"{guard}/* Copyright {'x' * 3_000} */\nint a;\n", 100) == f"{guard}int a;\n"
+    far = "int a;\n" * 500 + licence
+    assert without_licence_comments(far) == far
+
+
+def test_tidied_text_has_plain_ends_and_spaces() -> None:
+    assert tidied("\ufeffa\u00a0b  \r\nc\t\n\n\n\n\n\n\x08d\fe\n\n") == "a b\nc\n\n\nd\ne\n"
+    assert tidied("  a\n\tb") == "  a\n\tb\n"
+
+
+@pytest.mark.parametrize("text", ["caf\u00c3\u00a9", "don\u00e2\u20ac\u2122t", "\ufffd", "50 \u00c2\u00b0C"])
+def test_text_read_in_a_wrong_encoding_is_garbled(text: str) -> None:
+    assert is_garbled(text)
+    assert not is_garbled("caf\u00e9, don\u2019t, \u00c0 propos, \u00c2ge, 50 \u00b0C, S\u00c3O")
+
+
+def test_html_becomes_its_words() -> None:
+    page = (
+        "<html><head><title>no</title></head><body><h1>A  title</h1>\n<p>One <b>bold</b>\nword &amp; more<br/>below"
+        "</p><script>no()</script><!-- no --><pre>  code\n    kept</pre><ul><li>first</li><li>last</li></ul></body>"
+    )
+    expected = "A title\n\nOne bold word & more\nbelow\n\n  code\n    kept\n\nfirst\n\nlast\n"
+    assert text_of_html(page) == expected
+
+
+@given(lines=st.lists(st.text("ab\n", max_size=9)), size=st.integers(1, 12))
+def test_pieces_of_paragraphs_lose_nothing(lines: list[str], size: int) -> None:
+    text = "\n".join(lines)
+    cut = paragraph_pieces(text, size)
+    assert "".join(cut) == text
+    assert all(len(piece) >= size for piece in cut[:-1])
+    assert len(cut) == 1 or not cut or len(cut[-1]) >= size // 4
+
+
+def test_paragraphs_stay_whole() -> None:
+    text = "one\ntwo\n\nthree\nfour\n\n" + "five\n" * 10
+    assert paragraph_pieces(text, 6) == ["one\ntwo\n\n", "three\nfour\n\n", *["five\nfive\n"] * 5]
 
 
 @pytest.mark.parametrize(
