@@ -1,5 +1,6 @@
 """Text of many domains in, packed training blocks out."""
 
+from .core_corpus import DomainsFailed, build_core_corpus
 from .corpus import Corpus, description_differences, open_corpus
 from .documents import read_documents, read_held_out
 from .embedded_corpus import build_embedded_corpus
@@ -12,8 +13,10 @@ from .windows import evaluation_windows, padded_batches
 __all__ = [
     "IGNORE_INDEX",
     "Corpus",
+    "DomainsFailed",
     "MicroBatches",
     "PackedCorpus",
+    "build_core_corpus",
     "build_embedded_corpus",
     "description_differences",
     "evaluation_windows",
