@@ -124,7 +124,11 @@ class MoEBlock(nn.Module):
         self, hidden_states: Tensor, kept_selection: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the output `[B, T, D]` and the routing: logits `[N, E]`, experts `[N, K]`."""
-        router_logits, weights, dispatched, selected_experts = self.gate(hidden_states, kept_selection)
+        # What the router keeps is the selection; what it returns may have been changed on the way: expert parallelism
+        # of Transformers 5.17 numbers a rank's own experts from 0.
+        kept_selection = [] if kept_selection is None else kept_selection
+        router_logits, weights, dispatched = self.gate(hidden_states, kept_selection)
+        (selected_experts,) = kept_selection
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(flat, dispatched, weights.to(flat.dtype)).view(hidden_states.shape)
         if self.shared_experts is not None:

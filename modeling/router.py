@@ -48,7 +48,7 @@ class MoERouter(nn.Module):
 
     def forward(
         self, hidden_states: Tensor, kept_selection: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Route `[..., D]` hidden states.
 
         Args:
@@ -58,9 +58,7 @@ class MoERouter(nn.Module):
                 that has moved in between would otherwise send tokens elsewhere in the backward pass.
 
         Returns:
-            Logits `[N, E]` in at least fp32, weights `[N, K]` of the same type, experts `[N, K]` int64 to dispatch to,
-            and the experts selected: the same, until expert parallelism (Transformers' `ep_router`) puts in the place
-            of the former, and only there, a rank's own numbers of its own experts.
+            Logits `[N, E]` in at least fp32, weights `[N, K]` of the same type, experts `[N, K]` int64.
         """
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -80,7 +78,7 @@ class MoERouter(nn.Module):
             if self.norm_topk_prob:
                 # Sigmoids may all underflow: the same guard as in Transformers' routers.
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-            return router_logits, weights * self.routed_scaling_factor, selected_experts, selected_experts
+            return router_logits, weights * self.routed_scaling_factor, selected_experts
 
     def _limit_to_groups(self, choice: Tensor) -> Tensor:
         """Biased scores `[N, E]` with `-inf` outside each token's `topk_group` groups of largest top-2 sum
