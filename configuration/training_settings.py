@@ -135,10 +135,11 @@ class TrainingSettings:
         default=1.0, metadata={"help": "The gradient is scaled down to this norm; 0 leaves it alone."}
     )
     spike_sigma: float = field(
-        default=6.0,
+        default=0.0,
         metadata={
             "help": "A step whose loss or gradient norm exceeds the mean of the last 128 by so many standard "
-            "deviations is skipped; 0 skips none but those that are not finite."
+            "deviations is skipped, e.g. 6; 0 skips none but those that are not finite. Where a global batch holds few "
+            "domains, it would skip the rare ones."
         },
     )
     max_skipped_steps: int = field(

@@ -16,6 +16,7 @@ from datasets import Dataset
 from gloo_processes import Processes
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from training_runs import write_corpus
 from transformers import PreTrainedTokenizerBase
 
 from equipoise import MoEConfig, MoEForCausalLM
@@ -57,6 +58,12 @@ def tiny_config() -> Callable[..., MoEConfig]:
         return MoEConfig(**fields | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains, code and prose, for `training_runs.settings`."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")

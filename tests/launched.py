@@ -16,7 +16,8 @@ def launched(rank: int, world_size: int) -> Iterator[None]:
         "WORLD_SIZE": world_size,
         "LOCAL_WORLD_SIZE": world_size,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": 29511,
+        # One for each pool of processes of each test run: a store that was opened stays.
+        "MASTER_PORT": 20_000 + (8 * os.getppid() + world_size) % 20_000,
         "ACCELERATE_USE_CPU": "true",
     }
     before = {name: os.environ.get(name) for name in values}

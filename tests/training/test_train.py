@@ -2,10 +2,8 @@
 
 import json
 import os
-import pkgutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from training_runs import ARCHITECTURE, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from equipoise import MoEForCausalLM
@@ -20,48 +19,6 @@ from equipoise.configuration import parse_run_settings
 from equipoise.training import prepare, train
 
 ROOT = Path(__file__).parents[2]
-ARCHITECTURE = {
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 8,
-    "moe_intermediate_size": 16,
-}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two domains: Python's own sources and Python's own prose."""
-    folder = tmp_path_factory.mktemp("corpus")
-    modules = sorted(module.name for module in pkgutil.iter_modules([str(Path(json.__file__).parents[1])]))
-    files = [Path(spec.origin) for name in modules[:120] if (spec := find_spec(name)) and spec.origin]
-    code = [file.read_text(encoding="utf-8") for file in files if file.suffix == ".py"][:40]
-    for domain, texts in (("code", code), ("prose", list(topics.values()))):
-        (folder / domain).mkdir()
-        for split, part in (("train", texts[8:]), ("validation", texts[:8])):
-            lines = [json.dumps({"text": text}) for text in part]
-            (folder / domain / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
-
-
-def settings(corpus: Path, output: Path, **changes: object) -> dict:
-    return {
-        "preset": str(ROOT / "hub_configs" / "tiny"),
-        "config_overrides": ARCHITECTURE | {"balancing_mode": "loss_free", "scoring_func": "sigmoid"},
-        "data": str(corpus),
-        "output_dir": str(output),
-        "max_train_bytes_per_domain": 300_000,
-        "block_size": 64,
-        "micro_batch_size": 2,
-        "max_steps": 12,
-        "warmup_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 4,
-        "micro_batch_domains": "single",
-    } | changes
 
 
 def launch(processes: int, file: Path) -> subprocess.CompletedProcess:
@@ -133,7 +90,10 @@ def test_every_step_is_one_optimizer_step(corpus: Path, tmp_path: Path, monkeypa
 def test_a_loss_that_is_not_finite_stops_the_run(corpus: Path, tmp_path: Path) -> None:
     values = settings(corpus, tmp_path / "run", learning_rate=1e30, max_grad_norm=0, logging_steps=1, max_steps=20)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(FloatingPointError, match=r"10 steps in a row were skipped, the last, 1\d, .* (loss|grad_norm) must be finite; got (nan|inf)"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"10 steps in a row were skipped, the last, 1\d, .* (loss|grad_norm) must be finite; got (nan|inf)",
+    ):
         train(parse_run_settings([str(tmp_path / "settings.yaml")]))
     assert not (tmp_path / "run" / "model").exists()
 
