@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..balancing import Balancer, expert_gradient_norms, token_mask
 from ..configuration import BalancingSettings, MoEConfig
 from .experts import MoEExperts
-from .router import MoERouter
+from .router import KeptSelection, MoERouter
 
 # How Transformers shares the experts of a layer out over ranks, each expert whole. Not in MoEConfig: which styles
 # there are is known once `modeling_utils`, and so torch, is imported.
@@ -121,14 +121,15 @@ class MoEBlock(nn.Module):
             self.shared_experts = Glm4MoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
 
     def forward(
-        self, hidden_states: Tensor, kept_selection: list[Tensor] | None = None
+        self, hidden_states: Tensor, kept_selection: KeptSelection | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the output `[B, T, D]` and the routing: logits `[N, E]`, experts `[N, K]`."""
         # What the router keeps is the selection; what it returns may have been changed on the way: expert parallelism
         # of Transformers 5.17 numbers a rank's own experts from 0.
-        kept_selection = [] if kept_selection is None else kept_selection
+        kept_selection = KeptSelection() if kept_selection is None else kept_selection
         router_logits, weights, dispatched = self.gate(hidden_states, kept_selection)
-        (selected_experts,) = kept_selection
+        selected_experts = kept_selection.experts
+        assert selected_experts is not None
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(flat, dispatched, weights.to(flat.dtype)).view(hidden_states.shape)
         if self.shared_experts is not None:
@@ -155,13 +156,13 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        kept_selection: list[Tensor] | None = None,
+        kept_selection: KeptSelection | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns hidden states `[B, T, D]` and the routing, logits and experts (`None, None` from a dense layer).
 
         The routing leaves the layer as values of a flat tuple: recomputation under gradient checkpointing counts
-        nothing twice, and the reentrant kind, which sees no further than a tuple, keeps the logits' gradient. A list
+        nothing twice, and the reentrant kind, which sees no further than a tuple, keeps the logits' gradient.
         `kept_selection` makes it select as the forward pass did (see `MoERouter`).
         """
         residual = hidden_states
@@ -321,7 +322,7 @@ class MoEModel(MoEPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                kept_selection=[] if self.training else None,
+                kept_selection=KeptSelection() if self.training else None,
                 **kwargs,
             )
             if output_routing and router_logits is not None:

@@ -13,6 +13,15 @@ from transformers.utils.generic import maybe_autocast
 from ..configuration import MoEConfig
 
 
+class KeptSelection:
+    """The experts that one forward pass through a layer selected, int64 `[N, K]`; `None` until it has.
+
+    No list: FSDP2 and DeepSpeed rebuild the lists among a module's inputs, and what is put into those is lost.
+    """
+
+    experts: Tensor | None = None
+
+
 class MoERouter(nn.Module):
     """Selects `K` experts for each token, from scores plus a selection bias, in groups where asked.
 
@@ -47,15 +56,15 @@ class MoERouter(nn.Module):
         return self
 
     def forward(
-        self, hidden_states: Tensor, kept_selection: list[Tensor] | None = None
+        self, hidden_states: Tensor, kept_selection: KeptSelection | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Route `[..., D]` hidden states.
 
         Args:
             hidden_states: `[..., D]`.
             kept_selection: empty in the forward pass, which puts the selected experts there; gradient checkpointing,
-                which runs it again with the same list, then takes them instead of selecting anew. A rounding or a bias
-                that has moved in between would otherwise send tokens elsewhere in the backward pass.
+                which runs it again with the same object, then takes them instead of selecting anew. A rounding or a
+                bias that has moved in between would otherwise send tokens elsewhere in the backward pass.
 
         Returns:
             Logits `[N, E]` in at least fp32, weights `[N, K]` of the same type, experts `[N, K]` int64.
@@ -66,14 +75,14 @@ class MoERouter(nn.Module):
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
             scores = router_logits.softmax(dim=-1) if self.scoring_func == "softmax" else router_logits.sigmoid()
-            if kept_selection:
-                selected_experts = kept_selection[0]
+            if kept_selection is not None and kept_selection.experts is not None:
+                selected_experts = kept_selection.experts
             else:
                 # Detached, so that nothing is saved here that the second run would not save too.
                 choice = self._limit_to_groups(scores.detach() + self.e_score_correction_bias)
                 selected_experts = choice.topk(self.top_k).indices
                 if kept_selection is not None:
-                    kept_selection.append(selected_experts)
+                    kept_selection.experts = selected_experts
             weights = scores.gather(-1, selected_experts)
             if self.norm_topk_prob:
                 # Sigmoids may all underflow: the same guard as in Transformers' routers.

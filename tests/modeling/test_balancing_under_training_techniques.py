@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.balancing import SignUpdate
@@ -124,6 +125,26 @@ def test_checkpointing_moves_the_biases_as_without(tiny_config: Make, mode: str,
     assert_same_training(list(train(checkpointed, seeds)), expected)
     assert expected[0]["load"].sum(-1).tolist() == [2 * 2 * 12 * TOP_K] * 2
     assert any(bias.abs().max() > 0 for bias in plain.selection_biases())
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING, ids=["non-reentrant", "reentrant"])
+def test_checkpointing_keeps_the_selection_where_inputs_are_rebuilt(tiny_config: Make, kind: dict[str, bool]) -> None:
+    # Guards against a selection kept in a list: FSDP2 with a policy and DeepSpeed ZeRO-3 give each module new ones.
+    found = []
+    for checkpointed in (False, True):
+        model = build(tiny_config(**MODES["loss_free"]))
+        if checkpointed:
+            model.gradient_checkpointing_enable(kind)
+            for module in model.model.layers.modules():
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs: tree_map(lambda leaf: leaf, (args, kwargs)), with_kwargs=True
+                )
+        loss = model(tokens(0), labels=tokens(0), use_cache=False).loss
+        for bias in model.selection_biases():
+            bias.copy_(torch.linspace(-1, 1, EXPERTS))  # another selection, were it made anew
+        loss.backward()
+        found.append(gradients(model))
+    assert_same_gradients(found[1], found[0])
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTING, ids=["non-reentrant", "reentrant"])
