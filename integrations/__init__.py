@@ -4,9 +4,11 @@ from .expert_parallelism import clip_grad_norm_, shard_experts
 from .optimizer_steps import follow
 from .parallelism import data_parallel_group
 from .sharding import set_gradient_sync, shard, sharding_mesh, whole, whole_state_dict
+from .zero import configure_zero, zero_weights
 
 __all__ = [
     "clip_grad_norm_",
+    "configure_zero",
     "data_parallel_group",
     "follow",
     "set_gradient_sync",
@@ -15,4 +17,5 @@ __all__ = [
     "sharding_mesh",
     "whole",
     "whole_state_dict",
+    "zero_weights",
 ]
