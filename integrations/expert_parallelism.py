@@ -17,7 +17,7 @@ from ..modeling.modeling_moe import EXPERT_PARALLEL_PLAN
 from .parallelism import data_parallel_group
 
 
-def shard_experts(model: MoEForCausalLM, expert_parallel_size: int) -> MoEForCausalLM:
+def shard_experts(model: MoEForCausalLM, expert_parallel_size: int, *, bf16: bool = False) -> MoEForCausalLM:
     """A model with the same weights whose experts are shared out over `expert_parallel_size` neighbouring ranks.
 
     Where Transformers can send tokens to experts (5.23), each rank has tokens of its own: everything but the experts
@@ -33,9 +33,10 @@ def shard_experts(model: MoEForCausalLM, expert_parallel_size: int) -> MoEForCau
         model: whole, and the same on every rank; left as it is. Every rank calls this.
         expert_parallel_size: ranks that hold one set of experts, a divisor of `num_experts` and of the number of
             processes.
+        bf16: compute in bf16; weights stay, and gradients are reduced, in fp32. With Transformers 5.17 use autocast.
 
     Raises:
-        ValueError: a size that cannot be.
+        ValueError: a size that cannot be, or `bf16` where there is none.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     num_experts = model.config.num_experts
@@ -46,7 +47,9 @@ def shard_experts(model: MoEForCausalLM, expert_parallel_size: int) -> MoEForCau
             f"expert_parallel_size must divide the number of processes ({world_size}); got {expert_parallel_size}"
         )
     if "ep_dispatch_experts" in EXPERT_PARALLEL_PLAN.values():
-        distributed = DistributedConfig(fsdp_size=world_size, ep_size=expert_parallel_size)
+        distributed = DistributedConfig(fsdp_size=world_size, ep_size=expert_parallel_size, fsdp_mixed_precision=bf16)
+    elif bf16:
+        raise ValueError(f"bf16 must be False with Transformers {transformers.__version__}: use autocast; got True")
     elif expert_parallel_size == world_size:
         distributed = DistributedConfig(tp_size=world_size, enable_expert_parallel=True)
     else:

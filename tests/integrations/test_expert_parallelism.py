@@ -252,3 +252,40 @@ def test_sizes_that_cannot_be_are_refused(tiny_config: Make, run_processes: Run)
         ]
         assert len(messages) == (3 if DISPATCHES else 4)
         assert all("must be the number of processes (4)" in message for message in messages[3:])
+
+
+def _train_in_bf16(rank: int, world_size: int, config: MoEConfig) -> dict[str, Any]:
+    with launched(rank, world_size):
+        model = shard_experts(build(config), world_size, bf16=True)
+    seen: set[torch.dtype] = set()
+    for layer in model.model.layers[1:]:
+        layer.mlp.experts.register_forward_pre_hook(lambda _, args: seen.add(args[0].dtype))
+    batch = micro_batch(0, rank, world_size)
+    outputs = model(**batch, output_router_logits=True, use_cache=False)
+    outputs.loss.backward()
+    model.balancer.after_optimizer_step()
+    kept = batch["attention_mask"].flatten().bool()
+    own = torch.stack([layer[kept].flatten().bincount(minlength=EXPERTS) for layer in outputs.selected_experts])
+    dist.all_reduce(own)
+    return {
+        "experts": str(*seen),
+        "logits": str(outputs.router_logits[0].dtype),
+        "weights": str(model.model.layers[1].mlp.experts.down_proj.dtype),
+        "gradients": all(bool(whole(weight.grad).isfinite().all()) for weight in model.parameters()),
+        "counted": own,
+        "load": model.balancer.metrics()["load"],
+        "biases": torch.stack(model.selection_biases()),
+    }
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not DISPATCHES, reason="this Transformers has no FSDP2 beside expert parallelism")
+def test_bf16_leaves_weights_logits_and_biases_in_fp32(configs: dict[str, MoEConfig], run_processes: Run) -> None:
+    first, second = run_processes(2, _train_in_bf16, configs["loss_free"])
+    for rank in (first, second):
+        assert rank["experts"] == "torch.bfloat16"
+        assert rank["logits"] == rank["weights"] == str(rank["biases"].dtype) == "torch.float32"
+        assert rank["gradients"]
+        assert torch.equal(rank["load"], rank["counted"])
+        assert bits(rank["biases"]) == bits(first["biases"])
+        assert (rank["biases"].bfloat16().float() != rank["biases"]).any()
