@@ -7,6 +7,7 @@ again what does not end with 0; `scripts/launch.sh` gives 75), 1 with an error.
 import os
 import sys
 
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 
 from equipoise.configuration import parse_run_settings
@@ -18,6 +19,8 @@ def main() -> None:
         run = train(parse_run_settings(sys.argv[1:]))
     except (ValueError, FloatingPointError, StrictDataclassError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if run.stopped is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.exit(RESUME_ME)
 

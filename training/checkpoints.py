@@ -199,11 +199,11 @@ class Checkpoints:
         """Turns what goes wrong while a checkpoint is written into one sentence, and leaves nothing of it."""
         try:
             yield
-        except Exception as error:
+        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
             shutil.rmtree(temporary, ignore_errors=True)
             found = self.found()
             kept = f"the newest before it is {found[-1].path.name}" if found else "there is none before it"
-            raise CheckpointError(f"{target.name} could not be written: {error}; {kept}") from error
+            raise CheckpointError(f"{target.name} could not be written: {_cause(error)}; {kept}") from error
 
     def found(self) -> list[Checkpoint]:
         """All of them, by step, oldest first. (Not by date: clocks are set back.)"""
@@ -242,6 +242,13 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessG
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on some process, where torch wraps it with all processes' stacks."""
+    if isinstance(error, dcp.CheckpointException):
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
 def _to_disk(path: Path) -> None:

@@ -49,7 +49,8 @@ def train(settings: RunSettings) -> RunDirectory:
             raise
         if main:
             prepared.run.set_status("stopped" if prepared.run.stopped else "finished", step, prepared.run.stopped)
-        prepared.accelerator.end_training()
+        for tracker in prepared.accelerator.trackers:  # `end_training` would end a process group that may be others'
+            tracker.finish()
         return prepared.run
 
 

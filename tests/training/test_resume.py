@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from training_runs import ARCHITECTURE, forget_after, lines, settings, train_in_process, weights, written
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -145,8 +146,9 @@ def sharded(plain: Path, tmp_path_factory: pytest.TempPathFactory, run_processes
 @pytest.mark.parametrize("sharding", ["fsdp", "hsdp"])
 def test_shards_train_as_copies_do(sharding: str, sharded: dict[str, Path], plain: Path) -> None:
     assert_close_run(sharded[sharding], plain, 2e-4)
-    shards = list((sharded[sharding] / "checkpoints" / "step-00000006" / "optimizer").iterdir())
-    assert len(shards) == {"fsdp": 2, "hsdp": 2}[sharding]  # really shared out, and of a group's copies one is kept
+    written = [load_file(file) for file in (sharded[sharding] / "checkpoints/step-00000006/optimizer").iterdir()]
+    name = "state.model.embed_tokens.weight.exp_avg"
+    assert [shard[name].shape for shard in written if name in shard] == [(256, 32), (256, 32)]  # each half once
 
 
 @pytest.mark.parametrize("sharding", ["fsdp", "hsdp"])
@@ -192,7 +194,7 @@ def test_other_text_is_refused(corpus: Path, tmp_path: Path) -> None:
     train(parse_run_settings(flags))
     file = tmp_path / "corpus" / "prose" / "train.jsonl"
     file.write_text(file.read_text().replace("the", "teh", 1))
-    with pytest.raises(ValueError, match="data must be what the run was begun with, .*data.json; the text of prose"):
+    with pytest.raises(ValueError, match=r"data must be .* with, .*data\.json; the text of prose"):
         train(parse_run_settings([*flags, "--max_steps", "4"]))
 
 
@@ -201,7 +203,7 @@ def test_a_domain_that_vanished_is_named(corpus: Path, tmp_path: Path) -> None:
     flags = [written(tmp_path, settings(tmp_path / "corpus", tmp_path / "run", max_steps=2)), "--resume"]
     train(parse_run_settings(flags))
     shutil.rmtree(tmp_path / "corpus" / "prose")
-    with pytest.raises(ValueError, match="data must be what the run was begun with, .*; the domain prose is gone"):
+    with pytest.raises(ValueError, match=r"data must be .* with, .*; the domain prose is gone"):
         train(parse_run_settings([*flags, "--max_steps", "4"]))
 
 
