@@ -138,8 +138,8 @@ class TrainingSettings:
         default=0.0,
         metadata={
             "help": "A step whose loss or gradient norm exceeds the mean of the last 128 by so many standard "
-            "deviations is skipped, e.g. 6; 0 skips none but those that are not finite. Where a global batch holds few "
-            "domains, it would skip the rare ones."
+            "deviations is skipped, e.g. 6; 0 skips none but those that are not finite. Where a global batch holds "
+            "few domains, it would skip the rare ones."
         },
     )
     max_skipped_steps: int = field(
@@ -163,6 +163,13 @@ class TrainingSettings:
     )
     shard_size: int | None = field(
         default=None, metadata={"help": "Processes in a group of hsdp; by default those of one machine."}
+    )
+    expert_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that share one set of experts, tokens being sent to them; all else is sharded over all "
+            "processes. Needs Transformers 5.23."
+        },
     )
 
     # --- checkpoints ---
@@ -195,6 +202,7 @@ class TrainingSettings:
             if size < 2:
                 raise ValueError(f"expert_parallel_sizes must be at least 2; got {size}")
         _at_least(self, 1, "max_steps", "micro_batch_size", "global_batch_size", "logging_steps", "shard_size")
+        _at_least(self, 1, "expert_parallel_size")
         _at_least(self, 1, "checkpoint_steps", "keep_checkpoints", "max_skipped_steps")
         _at_least(
             self,
@@ -223,8 +231,23 @@ class TrainingSettings:
                 f"decay_steps must be at most max_steps less warmup_steps ({self.max_steps - self.warmup_steps}); "
                 f"got {self.wsd_decay_steps}"
             )
+        if self.expert_parallel_size > 1 and self.sharding != "none":
+            raise ValueError(
+                "sharding must be none with an expert_parallel_size above 1, which shards everything else itself; "
+                f"got {self.sharding}"
+            )
+        if self.log_expert_gradients and self.sharded:
+            raise ValueError(
+                "log_expert_gradients must be off where weights are sharded, by sharding or expert_parallel_size; "
+                "got True"
+            )
         if self.shard_size is not None and self.sharding != "hsdp":
             raise ValueError(f"sharding must be hsdp where shard_size is given; got {self.sharding}")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are spread over processes by us rather than by Accelerate."""
+        return self.sharding != "none" or self.expert_parallel_size > 1
 
     @property
     def wsd_decay_steps(self) -> int:

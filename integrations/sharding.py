@@ -78,7 +78,9 @@ def whole_state_dict(model: nn.Module) -> dict[str, Any]:
     The tensors are copies: training may go on while they are written. A tied weight is there once, under its first
     name.
     """
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = {
+        **get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    }
     if dist.is_initialized() and dist.get_rank():
         return {}
     first_names = {name for name, _ in model.named_parameters()}

@@ -22,6 +22,8 @@ if [ -n "${RENDEZVOUS:-}" ]; then
 else
     MEETING=(--standalone)
 fi
+# Else a restarted process may read the addresses of those that died (seen with torch 2.13 and gloo).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # torchrun hands a signal on to the processes and waits for them to save: pass on what a scheduler sends to this script.
 python -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "${PROCESSES:-auto}" \
     --max-restarts "${MAX_RESTARTS:-3}" "${MEETING[@]}" \

@@ -34,8 +34,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel
 
-from ..integrations import whole_state_dict
-
 # What a run of one process is told at each checkpoint.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -68,7 +66,7 @@ class Checkpoint:
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Fill the optimizer of a model, sharded in any way; every process must call it."""
-        state = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+        state: dict[str, Any] = {**get_optimizer_state_dict(model, optimizer, options=_FLAT)}
         tensors = _tensors(state)
         reader = HuggingFaceStorageReader(str(self.path / "optimizer"))
         dcp.load(tensors, storage_reader=reader)
@@ -113,7 +111,8 @@ class Checkpoints:
         self,
         step: int,
         model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
+        weights: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer | None,
         state: dict[str, Any],
         *,
         save_tokenizer: Callable[[Path], Any],
@@ -121,6 +120,8 @@ class Checkpoints:
         """Save a step; every process must call it. Nothing happens if it is the step that was saved last.
 
         Args:
+            weights: a copy of all of the model's, on the first process.
+            optimizer: `None` where its state cannot be had: such a checkpoint holds a model and cannot be resumed.
             state: JSON-able; that of the first process is kept.
             save_tokenizer: called with the folder of the model, to put beside it what belongs to it.
 
@@ -138,9 +139,10 @@ class Checkpoints:
                 temporary.mkdir(parents=True)
         if self._group is not None:
             dist.barrier(self._group)  # nobody writes into a folder that is not there
-        weights = whole_state_dict(model)
-        moments = _tensors(get_optimizer_state_dict(model, optimizer, options=_FLAT))
-        written = _write_shards(moments, temporary / "optimizer", self._group)  # has copied them when it returns
+        written = None
+        if optimizer is not None:
+            moments = _tensors(get_optimizer_state_dict(model, optimizer, options=_FLAT))
+            written = _write_shards(moments, temporary / "optimizer", self._group)  # has copied them when it returns
         self._pending = self._writer.submit(
             self._finish, target, temporary, written, model, weights, json.dumps(state), save_tokenizer
         )
@@ -167,14 +169,15 @@ class Checkpoints:
         self,
         target: Path,
         temporary: Path,
-        written: Future,
+        written: Future | None,
         model: PreTrainedModel,
         weights: dict[str, Tensor],
         state: str,
         save_tokenizer: Callable[[Path], Any],
     ) -> None:
         with self._failing_clearly(target, temporary):
-            written.result()
+            if written is not None:
+                written.result()
             if not self._main:
                 return
             model.save_pretrained(temporary / "model", state_dict=weights)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..configuration import RunSettings
 from ..data import write_json, write_whole
-from ..integrations import set_gradient_sync, whole, whole_state_dict
+from ..integrations import set_gradient_sync
 from .flops import peak_flops
 from .interruption import Interruption
 from .phases import PhaseTimes
@@ -56,9 +56,10 @@ def train(settings: RunSettings) -> RunDirectory:
 
 def _train(prepared: Prepared) -> int:
     """Make the steps that are left; returns how many have been made since the run began."""
-    accelerator, run, model, batches = prepared.accelerator, prepared.run, prepared.model, prepared.batches
-    wrapped, optimizer, schedule = prepared.wrapped, prepared.optimizer, prepared.schedule
-    balancer, checkpoints, accumulation = model.balancer, prepared.checkpoints, prepared.accumulation
+    accelerator, run, batches, checkpoints = prepared.accelerator, prepared.run, prepared.batches, prepared.checkpoints
+    distribution, schedule, accumulation = prepared.distribution, prepared.schedule, prepared.accumulation
+    model, wrapped, optimizer = distribution.model, distribution.wrapped, distribution.optimizer
+    balancer = model.balancer
     _, data, training = prepared.settings
     rank, num_processes, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
 
@@ -87,11 +88,13 @@ def _train(prepared: Prepared) -> int:
             "metrics": gather_object([metrics.state_dict()]),
             "versions": versions(),
         }
-        checkpoints.save(step, model, optimizer.optimizer, state, save_tokenizer=prepared.tokenizer.save_pretrained)
+        moments = None if distribution.steps_in_backward else optimizer.optimizer
+        weights = distribution.whole_weights()
+        checkpoints.save(step, model, weights, moments, state, save_tokenizer=prepared.tokenizer.save_pretrained)
         saved = time.monotonic()
 
     accelerator.print(
-        f"{model.num_parameters() / 1e6:.1f} M parameters, {num_processes} processes, "
+        f"{prepared.parameters / 1e6:.1f} M parameters, {num_processes} processes, "
         f"{tokens_per_step} tokens a step from {len(prepared.packed.domains)} domains, "
         f"balancing: {prepared.config.balancing_mode}; from step {steps_made} to {training.max_steps}"
     )
@@ -148,15 +151,16 @@ def _train(prepared: Prepared) -> int:
                 votes = [metrics.step_loss(), torch.tensor([reason is not None, save_is_due]).to(labels.device)]
                 loss, stop, save_by_time = accelerator.reduce(torch.hstack(votes), "sum").tolist()
             with times("optimizer"):
-                norm = accelerator.clip_grad_norm_(wrapped.parameters(), training.max_grad_norm or math.inf)
-                gradient_norm = whole(norm).item()
+                gradient_norm = distribution.clip_gradient(training.max_grad_norm or math.inf)
                 objection = guard.objection(loss, gradient_norm)
+                if objection is not None and distribution.steps_in_backward:
+                    raise FloatingPointError(f"step {step} is made already, as DeepSpeed does, and {objection}")
                 if training.log_expert_gradients and logging:
                     expert_gradients = model.expert_gradient_norms()
                 if objection is None:
                     optimizer.step()
                 optimizer.zero_grad()
-                balancer.after_optimizer_step(skipped=objection is not None)
+                balancer.after_optimizer_step(skipped=objection is not None or accelerator.optimizer_step_was_skipped)
             metrics.end_step(made=objection is None)
             learning_rate = schedule.get_last_lr()[0]
             schedule.step()
@@ -218,7 +222,7 @@ def _train(prepared: Prepared) -> int:
         return step
 
     seconds = seconds_before + time.monotonic() - start
-    weights = whole_state_dict(model)
+    weights = distribution.whole_weights()
     if main:
 
         def save_model(path):

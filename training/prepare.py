@@ -28,11 +28,11 @@ from ..data import (
     train_tokenizer,
     write_json,
 )
-from ..integrations import data_parallel_group, shard, sharding_mesh
 from ..modeling import MoEForCausalLM
 from .checkpoints import Checkpoint, Checkpoints
+from .distribution import Distribution, distribute
 from .flops import training_flops_per_token
-from .optimization import build_optimizer, build_schedule
+from .optimization import build_schedule
 from .run_directory import RunDirectory
 from .step_metrics import SequenceLosses
 
@@ -55,13 +55,11 @@ class Prepared:
     accumulation: int
     """Micro-batches of each process in one optimizer step."""
     checkpoints: Checkpoints
-    model: MoEForCausalLM
-    """As it is saved."""
-    wrapped: Any
-    """The same, as it is called: under DDP, FSDP or by itself."""
+    distribution: Distribution
+    """The model and its optimizer, on all processes."""
+    parameters: int
     flops_per_token: float
     sequence_losses: SequenceLosses
-    optimizer: Any
     schedule: torch.optim.lr_scheduler.LRScheduler
     resumed: dict[str, Any] | None
     """The state of the checkpoint the run goes on from; `None` at the beginning."""
@@ -94,10 +92,11 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
     num_processes = accelerator.num_processes
     accumulation = training.micro_batches_per_step(num_processes) // num_processes
     accelerator.gradient_accumulation_steps = accumulation
-    mesh = None
-    if training.sharding != "none":
-        shard_size = training.shard_size or torch.accelerator.device_count() or num_processes
-        mesh = sharding_mesh(accelerator.device.type, shard_size if training.sharding == "hsdp" else None)
+    if run.resumed and accelerator.state.deepspeed_plugin is not None:
+        raise ValueError(
+            "resume must be off under DeepSpeed, whose optimizer can only be read by unpickling: start a new run from "
+            f"a checkpoint's model (--preset); got {run.path}, which holds a run"
+        )
 
     with run.prepared() if accelerator.is_main_process and not run.resumed else nullcontext():
         packed, tokenizer = prepare_text(accelerator, run, config, settings)
@@ -127,28 +126,22 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
         else:
             stack.enter_context(run.locked())
 
+    parameters = model.num_parameters()  # before any of them is sharded
     flops_per_token = training_flops_per_token(model, config, data.block_size)
+    distribution = distribute(accelerator, model.train(), training)
+    model, optimizer = distribution.model, distribution.optimizer.optimizer
     model.loss_function = sequence_losses = SequenceLosses()
-    balancer = model.balancer
-    balancer.expert_parallel_sizes = training.expert_parallel_sizes
+    model.balancer.expert_parallel_sizes = training.expert_parallel_sizes
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if training.compile:
         for layer in model.model.layers:  # the layers are alike: compiled once, and counting stays outside
             layer.compile()
-    model.train()
-    if mesh is None:
-        wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, training))
-        balancer.synchronizer.process_group = data_parallel_group(accelerator)
-    else:
-        wrapped = shard(model.to(accelerator.device), mesh, bf16=training.mixed_precision == "bf16")
-        optimizer = accelerator.prepare(build_optimizer(model, training))
-        balancer.synchronizer.process_group = data_parallel_group(mesh)
     if checkpoint is not None and state is not None:
-        checkpoint.load_optimizer(model, optimizer.optimizer)
-        balancer.load_state_dict(state["balancer"])
+        checkpoint.load_optimizer(model, optimizer)
+        model.balancer.load_state_dict(state["balancer"])
     # The schedule is not Accelerate's, which would step it once per process.
-    schedule = build_schedule(optimizer.optimizer, training, 0 if state is None else state["step"])
+    schedule = build_schedule(optimizer, training, 0 if state is None else state["step"])
     return Prepared(
         accelerator=accelerator,
         run=run,
@@ -159,11 +152,10 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
         batches=batches,
         accumulation=accumulation,
         checkpoints=checkpoints,
-        model=model,
-        wrapped=wrapped,
+        distribution=distribution,
+        parameters=parameters,
         flops_per_token=flops_per_token,
         sequence_losses=sequence_losses,
-        optimizer=optimizer,
         schedule=schedule,
         resumed=state,
     )
@@ -197,7 +189,8 @@ def read_config(settings: ModelSettings) -> MoEConfig:
 def build_accelerator(run: RunDirectory, training: TrainingSettings) -> Accelerator:
     """The Accelerator; it starts the process group."""
     return Accelerator(
-        mixed_precision=training.mixed_precision if training.sharding == "none" else "no",  # shards have a policy
+        # What we shard ourselves has a policy of its own.
+        mixed_precision="no" if training.sharded else training.mixed_precision,
         # A step's micro-batches are drawn together: what is left of the data must not end the accumulation.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         log_with=training.trackers or None,

@@ -25,7 +25,7 @@ def summary(prepared: Prepared, step: int, tokens: int, seconds: float, skipped_
         "world_size": prepared.accelerator.num_processes,
         "gradient_accumulation_steps": prepared.accumulation,
         "balancing_mode": prepared.config.balancing_mode,
-        "parameters": prepared.model.num_parameters(),
+        "parameters": prepared.parameters,
         "domains": prepared.packed.domains,
         "epochs": prepared.batches.epochs(step),
         "steps": step,

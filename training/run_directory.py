@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class RunDirectory:
             for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
-            write_whole(file, lambda path, kept=kept: path.write_text("".join(kept), encoding="utf-8"))
+            write_whole(file, partial(Path.write_text, data="".join(kept), encoding="utf-8"))
 
     def set_status(self, state: str, step: int, reason: str | None = None) -> None:
         """Say in `status.json` how the run stands: `running`, `stopped` (to be resumed), `failed` or `finished`; after

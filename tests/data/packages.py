@@ -6,9 +6,10 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 
-def _tar(file: Path, mode: str, content: dict[str, bytes], top: str) -> Path:
+def _tar(file: Path, mode: Any, content: dict[str, bytes], top: str) -> Path:
     with tarfile.open(file, mode) as tar:
         for name, data in content.items():
             member = tarfile.TarInfo(top + name)

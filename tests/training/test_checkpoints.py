@@ -18,6 +18,7 @@ from training_runs import forget_after, lines, settings, written
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.configuration import parse_run_settings
+from equipoise.integrations import whole_state_dict
 from equipoise.training import Checkpoint, CheckpointError, Checkpoints, train
 
 Make = Callable[..., MoEConfig]
@@ -36,7 +37,9 @@ def trained(tiny_config: Make) -> tuple[MoEForCausalLM, torch.optim.Optimizer]:
 
 
 def save(checkpoints: Checkpoints, step: int, trained: Any, **state: Any) -> None:
-    checkpoints.save(step, *trained, {"step": step, **state}, save_tokenizer=lambda folder: None)
+    model, optimizer = trained
+    weights = whole_state_dict(model)
+    checkpoints.save(step, model, weights, optimizer, {"step": step, **state}, save_tokenizer=lambda folder: None)
 
 
 def save_and_wait(checkpoints: Checkpoints, step: int, trained: Any) -> None:
