@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import PreTrainedModel
 
 # What a run of one process is told at each checkpoint.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -110,20 +109,19 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        model: PreTrainedModel,
-        weights: dict[str, Tensor],
+        model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         state: dict[str, Any],
-        *,
-        save_tokenizer: Callable[[Path], Any],
+        save_model: Callable[[Path], Any],
     ) -> None:
         """Save a step; every process must call it. Nothing happens if it is the step that was saved last.
 
         Args:
-            weights: a copy of all of the model's, on the first process.
+            model: that of the optimizer.
             optimizer: `None` where its state cannot be had: such a checkpoint holds a model and cannot be resumed.
             state: JSON-able; that of the first process is kept.
-            save_tokenizer: called with the folder of the model, to put beside it what belongs to it.
+            save_model: called on the first process with a folder, perhaps while training goes on: it must hold a copy
+                of the weights.
 
         Raises:
             CheckpointError: this checkpoint, or one before it that was being written, could not be.
@@ -143,9 +141,7 @@ class Checkpoints:
         if optimizer is not None:
             moments = _tensors(get_optimizer_state_dict(model, optimizer, options=_FLAT))
             written = _write_shards(moments, temporary / "optimizer", self._group)  # has copied them when it returns
-        self._pending = self._writer.submit(
-            self._finish, target, temporary, written, model, weights, json.dumps(state), save_tokenizer
-        )
+        self._pending = self._writer.submit(self._finish, target, temporary, written, json.dumps(state), save_model)
         self._saved_step = step
         if not self.background:
             self.wait()
@@ -170,18 +166,15 @@ class Checkpoints:
         target: Path,
         temporary: Path,
         written: Future | None,
-        model: PreTrainedModel,
-        weights: dict[str, Tensor],
         state: str,
-        save_tokenizer: Callable[[Path], Any],
+        save_model: Callable[[Path], Any],
     ) -> None:
         with self._failing_clearly(target, temporary):
             if written is not None:
                 written.result()
             if not self._main:
                 return
-            model.save_pretrained(temporary / "model", state_dict=weights)
-            save_tokenizer(temporary / "model")
+            save_model(temporary / "model")
             (temporary / "state.json").write_text(state, encoding="utf-8")
             files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
             checksums = {

@@ -4,11 +4,13 @@ import math
 import time
 import warnings
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..configuration import RunSettings
@@ -75,6 +77,10 @@ def _train(prepared: Prepared) -> int:
     start = logged = saved = time.monotonic()
     last_logged_step = steps_made
 
+    def save_model(folder: Path, weights: dict[str, Tensor]) -> None:
+        prepared.shell.save_pretrained(folder, state_dict=weights)
+        prepared.tokenizer.save_pretrained(folder)
+
     def save(step: int) -> None:
         nonlocal saved
         state = {
@@ -90,7 +96,7 @@ def _train(prepared: Prepared) -> int:
         }
         moments = None if distribution.steps_in_backward else optimizer.optimizer
         weights = distribution.whole_weights()
-        checkpoints.save(step, model, weights, moments, state, save_tokenizer=prepared.tokenizer.save_pretrained)
+        checkpoints.save(step, model, moments, state, lambda folder: save_model(folder, weights))
         saved = time.monotonic()
 
     accelerator.print(
@@ -224,12 +230,7 @@ def _train(prepared: Prepared) -> int:
     seconds = seconds_before + time.monotonic() - start
     weights = distribution.whole_weights()
     if main:
-
-        def save_model(path):
-            model.save_pretrained(path, state_dict=weights)
-            prepared.tokenizer.save_pretrained(path)
-
-        write_whole(run.path / "model", save_model)
+        write_whole(run.path / "model", lambda folder: save_model(folder, weights))
         record = summary(prepared, step, step * tokens_per_step, seconds, guard.skipped)
         write_json(run.path / "training.json", record)
     accelerator.print(f"model, tokenizer and metrics are in {run.path}")

@@ -57,6 +57,8 @@ class Prepared:
     checkpoints: Checkpoints
     distribution: Distribution
     """The model and its optimizer, on all processes."""
+    shell: MoEForCausalLM
+    """The model without its weights: what is saved is written through it, while training has the model."""
     parameters: int
     flops_per_token: float
     sequence_losses: SequenceLosses
@@ -128,6 +130,8 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
 
     parameters = model.num_parameters()  # before any of them is sharded
     flops_per_token = training_flops_per_token(model, config, data.block_size)
+    with torch.device("meta"):
+        shell = MoEForCausalLM(config)
     distribution = distribute(accelerator, model.train(), training)
     model, optimizer = distribution.model, distribution.optimizer.optimizer
     model.loss_function = sequence_losses = SequenceLosses()
@@ -153,6 +157,7 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
         accumulation=accumulation,
         checkpoints=checkpoints,
         distribution=distribution,
+        shell=shell,
         parameters=parameters,
         flops_per_token=flops_per_token,
         sequence_losses=sequence_losses,

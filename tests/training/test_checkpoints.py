@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def trained(tiny_config: Make) -> tuple[MoEForCausalLM, torch.optim.Optimizer]:
 def save(checkpoints: Checkpoints, step: int, trained: Any, **state: Any) -> None:
     model, optimizer = trained
     weights = whole_state_dict(model)
-    checkpoints.save(step, model, weights, optimizer, {"step": step, **state}, save_tokenizer=lambda folder: None)
+    save_model = partial(model.save_pretrained, state_dict=weights)
+    checkpoints.save(step, model, optimizer, {"step": step, **state}, save_model)
 
 
 def save_and_wait(checkpoints: Checkpoints, step: int, trained: Any) -> None:
