@@ -33,7 +33,9 @@ class Distribution:
     wrapped: Any
     """The same, as it is called."""
     optimizer: Any
-    """Accelerate's."""
+    """Accelerate's, to step."""
+    torch_optimizer: torch.optim.Optimizer
+    """The one inside, to schedule and to save."""
     steps_in_backward: bool
     """DeepSpeed makes the optimizer step itself, inside the last backward pass: no step can be called off."""
     _clip: Callable[..., Any]
@@ -81,11 +83,13 @@ def distribute(accelerator: Accelerator, model: MoEForCausalLM, training: Traini
                 f"{name} must be off under DeepSpeed, which makes the step before gradients can be looked at; "
                 f"got {getattr(training, name)}"
             )
-        wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, training))
+        torch_optimizer = build_optimizer(model, training)
+        wrapped, optimizer = accelerator.prepare(model, torch_optimizer)
         model.balancer.synchronizer.process_group = data_parallel_group(accelerator)
-        return Distribution(model, wrapped, optimizer, steps_in_backward, accelerator.clip_grad_norm_)
+        return Distribution(model, wrapped, optimizer, torch_optimizer, steps_in_backward, accelerator.clip_grad_norm_)
     model.balancer.synchronizer.process_group = group
-    return Distribution(model, model, accelerator.prepare(build_optimizer(model, training)), False, clip_grad_norm_)
+    torch_optimizer = build_optimizer(model, training)
+    return Distribution(model, model, accelerator.prepare(torch_optimizer), torch_optimizer, False, clip_grad_norm_)
 
 
 __all__ = ["Distribution", "distribute"]

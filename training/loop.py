@@ -94,7 +94,7 @@ def _train(prepared: Prepared) -> int:
             "metrics": gather_object([metrics.state_dict()]),
             "versions": versions(),
         }
-        moments = None if distribution.steps_in_backward else optimizer.optimizer
+        moments = None if distribution.steps_in_backward else distribution.torch_optimizer
         weights = distribution.whole_weights()
         checkpoints.save(step, model, moments, state, lambda folder: save_model(folder, weights))
         saved = time.monotonic()

@@ -1,13 +1,20 @@
 """From settings to what the loop works with: everything that can be wrong is found here."""
 
 import json
+import os
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast, broadcast_object_list, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast,
+    broadcast_object_list,
+    set_seed,
+)
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..balancing import check_expert_parallel_sizes
@@ -133,7 +140,7 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
     with torch.device("meta"):
         shell = MoEForCausalLM(config)
     distribution = distribute(accelerator, model.train(), training)
-    model, optimizer = distribution.model, distribution.optimizer.optimizer
+    model, optimizer = distribution.model, distribution.torch_optimizer
     model.loss_function = sequence_losses = SequenceLosses()
     model.balancer.expert_parallel_sizes = training.expert_parallel_sizes
     if training.gradient_checkpointing:
@@ -193,7 +200,10 @@ def read_config(settings: ModelSettings) -> MoEConfig:
 
 def build_accelerator(run: RunDirectory, training: TrainingSettings) -> Accelerator:
     """The Accelerator; it starts the process group."""
+    # Elsewhere Accelerate knows; under DeepSpeed on CPUs it would ask for a backend that torch does not bring.
+    gloo = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available()
     return Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else None,
         # What we shard ourselves has a policy of its own.
         mixed_precision="no" if training.sharded else training.mixed_precision,
         # A step's micro-batches are drawn together: what is left of the data must not end the accumulation.
