@@ -231,9 +231,12 @@ def build_packages(names: Sequence[str], folder: Path) -> None:
     """
     missing = [name for name in names if not all(file.is_file() for file in package_files(name, folder))]
     if missing:
-        from .core_corpus import build_core_corpus  # its sources are many, and nothing else needs them
+        from .core_corpus import DomainsFailed, build_core_corpus  # its sources are many, and nothing else needs them
 
-        build_core_corpus(folder, domains=missing)
+        try:
+            build_core_corpus(folder, domains=missing)
+        except DomainsFailed as error:
+            raise ValueError(str(error)) from error
 
 
 def package_files(name: str, folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from equipoise.data import (
     sources,
     train_tokenizer,
 )
+from equipoise.data.core_sources import CORE_DOMAINS
 
 ROOT = Path(__file__).parents[2]
 
@@ -424,3 +425,8 @@ def test_a_pinned_revision_and_splits_reach_the_hub(tmp_path: Path, monkeypatch:
     assert all(text.endswith(" last") for text in corpus.held_out["text"])
     first = corpus.description()["a"]["key"]
     assert corpus_of(mix).description()["a"]["key"] == first
+
+
+def test_the_core_recipe_names_every_domain_of_the_core_corpus() -> None:
+    shipped = parse_recipe(ROOT / "recipes" / "core.yaml").domains
+    assert {name: source.package for name, source in shipped.items()} == {name: name for name in CORE_DOMAINS}
