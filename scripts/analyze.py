@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import equipoise  # noqa: F401 (registers the models with the Auto classes)
-from equipoise.analysis import LoadHistory, trace_routing, write_report
+from equipoise.analysis import LoadHistory, read_metrics, save_figure, trace_routing, training_figure, write_report
 from equipoise.configuration import trained_block_size
 from equipoise.data import read_held_out, write_whole
 
@@ -64,6 +64,9 @@ def analyze(arguments: AnalysisArguments) -> None:
     history = None
     if arguments.run and (Path(arguments.run) / "load.jsonl").is_file():
         history = LoadHistory.from_run(arguments.run)
+    records = []
+    if arguments.run and (Path(arguments.run) / "metrics.jsonl").is_file():
+        records = read_metrics(arguments.run)
     model = AutoModelForCausalLM.from_pretrained(model_folder).to("cuda" if torch.cuda.is_available() else "cpu")
     trace = trace_routing(
         model,
@@ -81,12 +84,16 @@ def analyze(arguments: AnalysisArguments) -> None:
         permutations=arguments.permutations,
         seed=arguments.seed,
     )
+    if records:
+        save_figure(training_figure(records), output / "training.png")
     if arguments.save_trace:
         write_whole(output / "trace.safetensors", trace.save)
     print_table(numbers)
     print(f"\nspecialisation by domain: {output / 'specialisation.png'}")
     if history is not None:
         print(f"load over training:       {output / 'load.png'}")
+    if records:
+        print(f"loss over training:       {output / 'training.png'}")
     print(f"all numbers:              {output / 'analysis.json'}")
 
 
