@@ -233,6 +233,33 @@ def test_a_tokenizer_changed_since_does_not_reach_the_run(corpus: Path, tmp_path
     assert lines(tmp_path / "new" / "metrics.jsonl")[0]["lm_loss"] != lines(resumed / "metrics.jsonl")[0]["lm_loss"]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_streams_go_on_where_they_were(processes: int, corpus: Path, tmp_path: Path, run_processes: Run) -> None:
+    """One domain streams and one lies on disk; the run is resumed on the other number of processes."""
+    recipe = tmp_path / "recipe.yaml"
+    domains = {
+        "code": {
+            "files": str(corpus / "code" / "train.jsonl"),
+            "streaming": True,
+            "weight": 2,
+            "validation_fraction": 0.2,
+        },
+        "prose": {"files": str(corpus / "prose"), "weight": 1},
+    }
+    recipe.write_text(yaml.safe_dump({"domains": domains}))
+    values = settings(recipe, tmp_path / "straight", **PLAIN, max_validation_bytes_per_domain=200_000)
+    flags = [written(tmp_path, values | {"micro_batch_domains": "mixed"})]
+    train(parse_run_settings(flags))
+    run = copied(tmp_path / "straight", tmp_path / "run", 6)
+    flags += ["--output_dir", str(run), "--resume"]
+    if processes == 1:
+        train(parse_run_settings(flags))
+        assert_same_run(run, tmp_path / "straight")
+    else:
+        run_processes(2, train_in_process, flags)
+        assert_close_run(run, tmp_path / "straight", 2e-4)
+
+
 def test_half_lines_and_half_files_of_a_killed_run_are_cleared(one_process: Path, tmp_path: Path) -> None:
     run = copied(one_process, tmp_path / "run", 6)
     with (run / "metrics.jsonl").open("a") as file:
