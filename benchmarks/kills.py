@@ -2,10 +2,10 @@
 
     python benchmarks/kills.py --data CORPUS --output runs/kills --kills 20
 
-A run that nobody disturbs comes first. The other is killed: in turns its launcher, one of its processes, or all of it
-at once; while it prepares, trains, or writes a checkpoint, as chance has it. It is resumed until it ends. Fails unless
-the weights and the logged losses are those of the first run to the bit, every checkpoint is whole after each kill, and
-nothing half-written is left.
+A run that nobody disturbs comes first. The other is killed: all of it at once, one of its processes, or its launcher
+alone (its processes then notice, save and end); once in four while it prepares, else some moments after it has logged a
+new step, so also while it writes a checkpoint. It is resumed until it ends. Fails unless the weights and the logged
+losses are those of the first run to the bit, every checkpoint is whole after each kill, and nothing half-written is left.
 """
 
 import json
@@ -26,7 +26,7 @@ from equipoise.data import write_json
 from equipoise.training import Checkpoints
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ("launcher", "process", "all")
+TARGETS = ("all", "process", "all", "process", "launcher")
 
 
 @dataclass
@@ -37,7 +37,7 @@ class KillArguments:
     output: str = field(default="runs/kills", metadata={"help": "New folder for the two runs and the report."})
     kills: int = field(default=20, metadata={"help": "How many times."})
     max_steps: int = field(default=600, metadata={"help": "Steps of the run."})
-    longest_wait: float = field(default=25.0, metadata={"help": "Most seconds from a launch to its kill."})
+    longest_wait: float = field(default=6.0, metadata={"help": "Most seconds from the first new step to a kill."})
     settings: str = field(default="hub_configs/tiny/train.yaml", metadata={"help": "Settings of the run."})
     extra: list[str] = field(default_factory=list, metadata={"help": "More flags for train.py, without the dashes."})
     seed: int = field(default=0, metadata={"help": "Of the moments and of whom is killed."})
@@ -51,7 +51,11 @@ def launch(arguments: KillArguments, run: Path, log: Path) -> subprocess.Popen:
         *("--data", arguments.data, "--output_dir", str(run), "--max_steps", str(arguments.max_steps), "--resume"),
         *(f"--{flag}" for flag in arguments.extra),
     ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as scripts/launch.sh does
+    }
     with log.open("a") as stream:
         return subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
 
@@ -59,6 +63,31 @@ def launch(arguments: KillArguments, run: Path, log: Path) -> subprocess.Popen:
 def children(pid: int) -> list[int]:
     """Processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for_a_moment(launched: subprocess.Popen, run: Path, longest_wait: float, chance: random.Random) -> str:
+    """Until the moment of a kill; returns what the run was at."""
+    if chance.random() < 0.25:
+        time.sleep(chance.uniform(1, 10))
+        return "preparing"
+    before = last_step(run)
+    while last_step(run) <= before and launched.poll() is None:
+        time.sleep(0.02)
+    time.sleep(chance.uniform(0, longest_wait))
+    return "training"
+
+
+def last_step(run: Path) -> int:
+    """The last step that a run has logged."""
+    file = run / "metrics.jsonl"
+    whole = [line for line in file.read_text().splitlines(True) if line.endswith("\n")] if file.is_file() else []
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def wait_for_the_end(workers: list[int]) -> None:
+    """Until processes whose launcher is gone have ended by themselves."""
+    while any(Path(f"/proc/{worker}/exe").exists() for worker in workers):
+        time.sleep(0.1)
 
 
 def kill(launched: subprocess.Popen, target: str, chance: random.Random) -> str:
@@ -86,21 +115,27 @@ def main() -> None:
     record: list[dict[str, Any]] = []
     for number in tqdm(range(arguments.kills), unit="kill"):
         launched = launch(arguments, killed, output / "killed.log")
-        time.sleep(chance.uniform(2, arguments.longest_wait))
+        moment = wait_for_a_moment(launched, killed, arguments.longest_wait, chance)
         if launched.poll() is not None:
             sys.exit(f"error: the run ended, with {launched.returncode}, before kill {number + 1}: raise --max_steps")
+        workers, step = children(launched.pid), last_step(killed)
         whom = kill(launched, TARGETS[number % len(TARGETS)], chance)
+        being_written = [path.name for path in (killed / "checkpoints").glob(".step-*.saving")]
         struck = time.monotonic()
         launched.wait()
+        ended = time.monotonic() - struck
+        wait_for_the_end(workers)
         checkpoints = Checkpoints(killed / "checkpoints", keep=1, background=False)
         found = checkpoints.found()
         defects = [f"{one.path.name}: {defect}" for one in found if (defect := one.defect())]
         record.append(
             {
                 "killed": whom,
+                "while": moment,
+                "last_logged_step": step,
                 "newest_checkpoint": found[-1].step if found else None,
-                "being_written": [path.name for path in (killed / "checkpoints").glob(".step-*")],
-                "launcher_ended_after_seconds": round(time.monotonic() - struck, 1),
+                "being_written": being_written,
+                "launcher_ended_after_seconds": round(ended, 1),
                 "unreadable": defects,
             }
         )

@@ -41,7 +41,8 @@ class TextStream:
     dataset: IterableDataset
     text_column: str
     validation: IterableDataset | None
-    """The held-out documents, where the source has them apart; a document that stands there is not trained on."""
+    """The held-out documents, where the source has them apart; those of them that are in `held_out` are not trained on
+    where they stand in the stream too."""
     validation_fraction: float
     """Else this share of the documents is held out, by a hash of the text."""
     max_train_bytes: int | None
@@ -136,6 +137,8 @@ class WindowReader:
             text = next(self._texts, None)
             size = 0 if text is None else len(text.encode())
             cap = self._stream.max_train_bytes
+            if text is not None and cap is not None and size > cap:
+                continue  # it fits no epoch
             if text is not None and self._stream.is_trained_on(text):
                 if cap is None or state["epoch_bytes"] + size <= cap:
                     texts.append(text)

@@ -22,11 +22,23 @@ if [ -n "${RENDEZVOUS:-}" ]; then
 else
     MEETING=(--standalone)
 fi
+# A signal is handed on to the processes, which save: SIGUSR1 too, which Slurm sends to all of them.
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+# How long they have for it, in seconds, before they are killed (torch 2.11 knows 30 only).
+PATIENCE=()
+if python -c 'import sys, torch.distributed.run as run; sys.exit("shutdown-timeout" not in run.get_args_parser().format_help())' \
+    2>/dev/null; then
+    PATIENCE=(--shutdown-timeout "${SHUTDOWN_TIMEOUT:-540}")
+fi
 # Else a restarted process may read the addresses of those that died (seen with torch 2.13 and gloo).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# torchrun hands a signal on to the processes and waits for them to save: pass on what a scheduler sends to this script.
+state() {
+    python -c 'import json, sys; print(*map(json.load(open(sys.argv[1])).get, ("state", "time", "step")))' \
+        "$RUN/status.json" 2>/dev/null
+}
+BEFORE=$(state)
 python -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "${PROCESSES:-auto}" \
-    --max-restarts "${MAX_RESTARTS:-3}" "${MEETING[@]}" \
+    --max-restarts "${MAX_RESTARTS:-3}" "${MEETING[@]}" ${PATIENCE[@]+"${PATIENCE[@]}"} \
     "$ROOT/scripts/train.py" "$@" --output_dir "$RUN" --resume &
 LAUNCHER=$!
 trap 'kill -TERM "$LAUNCHER" 2>/dev/null' TERM USR1
@@ -36,10 +48,14 @@ while kill -0 "$LAUNCHER" 2>/dev/null; do
     STATUS=$?
 done
 
-# A signal makes torchrun itself end with an error, also when the run was saved: what the run says counts.
-case $(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["state"])' "$RUN/status.json" 2>/dev/null) in
-    finished) exit 0 ;;
-    stopped) exit 75 ;;
-esac
+# A signal makes torchrun itself end with an error, also when the run was saved: what the run says counts, if it has
+# said it since the beginning.
+AFTER=$(state)
+if [ "$AFTER" != "$BEFORE" ]; then
+    case $AFTER in
+        finished*) exit 0 ;;
+        stopped*) exit 75 ;;
+    esac
+fi
 [ "$STATUS" -ne 0 ] || STATUS=1
 exit "$STATUS"

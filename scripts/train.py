@@ -17,7 +17,7 @@ from equipoise.training import RESUME_ME, CheckpointError, train
 def main() -> None:
     try:
         run = train(parse_run_settings(sys.argv[1:]))
-    except (ValueError, FloatingPointError, StrictDataclassError, CheckpointError) as error:
+    except (ValueError, FloatingPointError, StrictDataclassError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()

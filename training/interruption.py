@@ -9,6 +9,8 @@ from typing import Any
 
 # What a scheduler reads: EX_TEMPFAIL of sysexits.h, "try again".
 RESUME_ME = 75
+# Of the process that imports this: later the launcher may be gone already.
+_PARENT = os.getppid()
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is what Slurm is usually asked to send ahead
 
 
@@ -24,7 +26,6 @@ class Interruption:
     def __init__(self, max_hours: float | None = None) -> None:
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self._signal: int | None = None
-        self._parent = os.getppid()
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> "Interruption":
@@ -45,7 +46,7 @@ class Interruption:
             return signal.Signals(self._signal).name
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "max_hours"
-        if os.getppid() != self._parent:
+        if os.getppid() != _PARENT:
             return "the launcher is gone"  # killed: nobody would restart, or stop, this process
         return None
 

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,13 @@ def train(settings: RunSettings) -> RunDirectory:
     with ExitStack() as stack:
         prepared = prepare(settings, stack)
         main = prepared.accelerator.is_main_process
+        interruption = stack.enter_context(Interruption(prepared.settings[2].max_hours))
         try:
-            step = _train(prepared)
+            step = _train(prepared, interruption)
         except Exception as error:
             if main:
-                prepared.run.set_status("failed", _last_step(prepared), f"{type(error).__name__}: {error}")
+                with suppress(OSError):  # a full disk, perhaps: the error itself must be seen
+                    prepared.run.set_status("failed", _last_step(prepared), f"{type(error).__name__}: {error}")
             raise
         if main:
             prepared.run.set_status("stopped" if prepared.run.stopped else "finished", step, prepared.run.stopped)
@@ -56,7 +58,7 @@ def train(settings: RunSettings) -> RunDirectory:
         return prepared.run
 
 
-def _train(prepared: Prepared) -> int:
+def _train(prepared: Prepared, interruption: Interruption) -> int:
     """Make the steps that are left; returns how many have been made since the run began."""
     accelerator, run, batches, checkpoints = prepared.accelerator, prepared.run, prepared.batches, prepared.checkpoints
     distribution, schedule, accumulation = prepared.distribution, prepared.schedule, prepared.accumulation
@@ -111,7 +113,7 @@ def _train(prepared: Prepared) -> int:
     data_state = None if prepared.resumed is None else prepared.resumed["data"]
     step, steps = steps_made, batches.steps(steps_made, data_state)
     progress = tqdm(initial=steps_made, total=training.max_steps, unit="step", disable=not main)
-    with progress, Interruption(training.max_hours) as interruption:
+    with progress:
         while step < training.max_steps and run.stopped is None:
             step += 1
             logging = step == 1 or step % training.logging_steps == 0 or step == training.max_steps
@@ -124,7 +126,8 @@ def _train(prepared: Prepared) -> int:
 
             if balancer.settings.load_estimate == "exact":
                 with balancer.prepass(), times("forward"):
-                    for batch in micro_batches:
+                    for number, batch in enumerate(micro_batches):
+                        torch.manual_seed(_dropout_seed(training.seed, step, number * num_processes + rank))
                         wrapped(
                             input_ids=batch["input_ids"],
                             position_ids=batch["position_ids"],

@@ -3,7 +3,8 @@
 import json
 import os
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -101,6 +102,9 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
     num_processes = accelerator.num_processes
     accumulation = training.micro_batches_per_step(num_processes) // num_processes
     accelerator.gradient_accumulation_steps = accumulation
+    # Kept as a number: with other processes later it is still the same batch.
+    training = replace(training, global_batch_size=accumulation * num_processes * training.micro_batch_size)
+    settings = (settings[0], data, training)
     if run.resumed and accelerator.state.deepspeed_plugin is not None:
         raise ValueError(
             "resume must be off under DeepSpeed, whose optimizer can only be read by unpickling: start a new run from "
@@ -128,6 +132,10 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
         accelerator.wait_for_everyone()  # nobody reads the preparation any more
     accelerator.wait_for_everyone()
     state = None if checkpoint is None else checkpoint.state()
+    if state is not None and state["step"] > training.max_steps:
+        raise ValueError(
+            f"max_steps must be at least the steps that have been made ({state['step']}); got {training.max_steps}"
+        )
     if accelerator.is_main_process:
         if run.resumed:
             run.tidy(0 if checkpoint is None else checkpoint.step)
@@ -201,9 +209,14 @@ def read_config(settings: ModelSettings) -> MoEConfig:
 def build_accelerator(run: RunDirectory, training: TrainingSettings) -> Accelerator:
     """The Accelerator; it starts the process group."""
     # Elsewhere Accelerate knows; under DeepSpeed on CPUs it would ask for a backend that torch does not bring.
-    gloo = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available()
+    zero_on_cpus = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available()
+    process_group = InitProcessGroupKwargs(
+        backend="gloo" if zero_on_cpus else None,
+        # The others wait while the first process reads, builds and tokenises. One that dies is noticed at once.
+        timeout=timedelta(hours=12),
+    )
     return Accelerator(
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else None,
+        kwargs_handlers=[process_group],
         # What we shard ourselves has a policy of its own.
         mixed_precision="no" if training.sharded else training.mixed_precision,
         # A step's micro-batches are drawn together: what is left of the data must not end the accumulation.

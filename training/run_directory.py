@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from filelock import FileLock, Timeout
 from ..configuration import DataSettings, ModelSettings, RunSettings, TrainingSettings
 from ..data import write_json, write_whole
 
-# What a resumed run may not change: it would not be the same data in the same order.
+# What a resumed run may not change: it would not be the same blocks in the same order. (Whether it is the same text,
+# `data.json` tells; where it lies may change.)
 _FIXED = {
-    DataSettings: {field.name for field in fields(DataSettings)},
+    DataSettings: {"block_size", "micro_batch_domains"},
     TrainingSettings: {"seed", "micro_batch_size", "global_batch_size"},
     ModelSettings: set[str](),  # a checkpoint says itself which models it fits
 }
@@ -131,8 +132,12 @@ class RunDirectory:
                 left.unlink()
         for file in sorted(self.path.glob("*.jsonl")):
             kept = []
-            for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+                try:
+                    made = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError):
+                    break  # a power cut may leave what was never written
+                if line.endswith("\n") and made <= step:
                     kept.append(line)
             write_whole(file, partial(Path.write_text, data="".join(kept), encoding="utf-8"))
 

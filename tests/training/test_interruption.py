@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from training_runs import launch, lines, settings, train_in_process, weights, written
 
 from equipoise.configuration import parse_run_settings
-from equipoise.training import RESUME_ME, train
+from equipoise.training import RESUME_ME, checkpoints, train
 from equipoise.training.interruption import Interruption
 
 ROOT = Path(__file__).parents[2]
@@ -124,9 +126,6 @@ def test_a_process_that_dies_takes_the_others_down_and_the_run_resumes(corpus: P
 
 @pytest.mark.processes
 def test_the_launch_script_restarts_what_died_and_gives_a_status(corpus: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     run = tmp_path / "run"
     values = settings(corpus, run, max_steps=40, logging_steps=1, checkpoint_steps=5, global_batch_size=4)
     del values["output_dir"]
@@ -158,7 +157,39 @@ def test_the_launch_script_restarts_what_died_and_gives_a_status(corpus: Path, t
         text=True,
     )
     wait_for_step(run, 45)
-    launched.send_signal(signal.SIGTERM)
+    # As Slurm does: to every process of the job step, torchrun included.
+    (torchrun,) = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    workers = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    for process in (launched.pid, int(torchrun), *map(int, workers)):
+        os.kill(process, signal.SIGUSR1)
     output, _ = launched.communicate(timeout=120)
     assert launched.returncode == RESUME_ME, output[-3000:]
     assert status(run)["state"] == "stopped"
+
+    # What a run said before is not taken for what this launch says.
+    refused = subprocess.run(
+        [*command, "--block_size=32"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "error: block_size must stay as it was" in refused.stdout + refused.stderr
+    assert refused.returncode == 1
+    assert status(run)["state"] == "stopped"
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_changes_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launchers send signals twice, and a scheduler may be impatient."""
+    hashed = checkpoints._sha256
+
+    def slow(file: Path) -> str:
+        if file.suffix == ".safetensors":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return hashed(file)
+
+    monkeypatch.setattr(checkpoints, "_sha256", slow)
+    values = settings(corpus, tmp_path / "run", max_steps=4, checkpoint_steps=None)
+    run = train(parse_run_settings([written(tmp_path, values)]))
+    assert run.stopped is None
+    assert status(run.path)["state"] == "finished"
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000004"]

@@ -48,7 +48,7 @@ def assert_same_run(got: Path, expected: Path) -> None:
             "learning_rate",
             "bias_range",
         ):
-            assert first[name] == second[name], (first["step"], name)
+            assert first.get(name) == second.get(name), (first["step"], name)
     assert (got / "load.jsonl").read_bytes() == (expected / "load.jsonl").read_bytes()
 
 
@@ -186,6 +186,7 @@ def test_shards_are_read_by_other_numbers_of_processes(
         (["--block_size", "32"], r"block_size must stay as it was .* \(64\); got 32"),
         (["--config_overrides", "{num_experts: 4}"], r"vocab_size must stay as it was .* \(512, in .*\); got 4096"),
         (["--micro_batch_size", "4"], r"micro_batch_size must stay as it was"),
+        (["--max_steps", "4"], r"max_steps must be at least the steps that have been made \(6\); got 4"),
     ],
 )
 def test_what_would_be_another_run_is_refused(flags: list[str], words: str, one_process: Path, tmp_path: Path) -> None:
@@ -260,10 +261,43 @@ def test_streams_go_on_where_they_were(processes: int, corpus: Path, tmp_path: P
         assert_close_run(run, tmp_path / "straight", 2e-4)
 
 
+def test_the_exact_load_is_counted_under_the_same_dropout(corpus: Path, tmp_path: Path) -> None:
+    overrides = ARCHITECTURE | {"balancing_mode": "global_batch", "load_estimate": "exact", "attention_dropout": 0.2}
+    values = settings(corpus, tmp_path / "straight", **CHANGES | {"config_overrides": overrides})
+    train(parse_run_settings([written(tmp_path, values)]))
+    run = copied(tmp_path / "straight", tmp_path / "run", 6)
+    train(parse_run_settings([str(run / "settings.yaml"), "--output_dir", str(run), "--resume"]))
+    assert_same_run(run, tmp_path / "straight")
+
+
+def test_a_batch_of_one_micro_batch_a_process_stays_as_large_on_other_processes(
+    corpus: Path, tmp_path: Path, run_processes: Run
+) -> None:
+    changes = {name: value for name, value in PLAIN.items() if name != "global_batch_size"}
+    file = written(tmp_path, settings(corpus, tmp_path / "straight", **changes))
+    run_processes(2, train_in_process, [file])
+    run = copied(tmp_path / "straight", tmp_path / "run", 6)
+    train(parse_run_settings([file, "--output_dir", str(run), "--resume"]))
+    assert_close_run(run, tmp_path / "straight", 2e-4)
+    tokens = [line["tokens"] for line in lines(run / "metrics.jsonl")]
+    assert tokens == [line["tokens"] for line in lines(tmp_path / "straight" / "metrics.jsonl")]
+
+
+def test_a_corpus_may_lie_elsewhere(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "corpus")
+    values = settings(tmp_path / "corpus", tmp_path / "straight", **CHANGES)
+    train(parse_run_settings([written(tmp_path, values)]))
+    run = copied(tmp_path / "straight", tmp_path / "run", 6)
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    flags = [str(run / "settings.yaml"), "--output_dir", str(run), "--data", str(tmp_path / "moved"), "--resume"]
+    train(parse_run_settings(flags))
+    assert_same_run(run, tmp_path / "straight")
+
+
 def test_half_lines_and_half_files_of_a_killed_run_are_cleared(one_process: Path, tmp_path: Path) -> None:
     run = copied(one_process, tmp_path / "run", 6)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 11, "lm_l')
+        file.write('\0\0\0\n{"step": 11, "lm_l')  # as a power cut leaves it, and a kill
     (run / ".training.json.1234").write_text('{"half')
     (run / "checkpoints" / ".step-00000009.saving" / "model").mkdir(parents=True)
     train(parse_run_settings([str(run / "settings.yaml"), "--output_dir", str(run), "--resume"]))
