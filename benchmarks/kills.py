@@ -3,9 +3,10 @@
     python benchmarks/kills.py --data CORPUS --output runs/kills --kills 20
 
 A run that nobody disturbs comes first. The other is killed: all of it at once, one of its processes, or its launcher
-alone (its processes then notice, save and end); once in four while it prepares, else some moments after it has logged a
-new step, so also while it writes a checkpoint. It is resumed until it ends. Fails unless the weights and the logged
-losses are those of the first run to the bit, every checkpoint is whole after each kill, and nothing half-written is left.
+alone (its processes then notice, save and end); once in four while it prepares, else some moments after it has logged
+a new step, so also while it writes a checkpoint. It is resumed until it ends. Fails unless the weights and the logged
+losses are those of the first run to the bit, every checkpoint is whole after each kill, and nothing half-written is
+left.
 """
 
 import json

@@ -22,8 +22,6 @@ if [ -n "${RENDEZVOUS:-}" ]; then
 else
     MEETING=(--standalone)
 fi
-# A signal is handed on to the processes, which save: SIGUSR1 too, which Slurm sends to all of them.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 # How long they have for it, in seconds, before they are killed (torch 2.11 knows 30 only).
 PATIENCE=()
 if python -c 'import sys, torch.distributed.run as run; sys.exit("shutdown-timeout" not in run.get_args_parser().format_help())' \
@@ -37,7 +35,9 @@ state() {
         "$RUN/status.json" 2>/dev/null
 }
 BEFORE=$(state)
+# A signal is handed on to the processes, which save: SIGUSR1 too, which Slurm sends to all of them.
 python -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "${PROCESSES:-auto}" \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     --max-restarts "${MAX_RESTARTS:-3}" "${MEETING[@]}" ${PATIENCE[@]+"${PATIENCE[@]}"} \
     "$ROOT/scripts/train.py" "$@" --output_dir "$RUN" --resume &
 LAUNCHER=$!
