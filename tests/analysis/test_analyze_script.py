@@ -20,7 +20,11 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "analyze.py"
 def run(saved_run: Path) -> Path:
     load, metrics = saved_run / "load.jsonl", saved_run / "metrics.jsonl"
     load.write_text("".join(f'{{"step": {n}, "load": {[[n, 9, 8, 7, 6, 5, 4, 0]] * 2}}}\n' for n in range(5)))
-    metrics.write_text("".join(f'{{"step": {n}, "max_vio_micro": [1.0, {n}]}}\n' for n in range(5)))
+    metrics.write_text(
+        "".join(
+            f'{{"step": {n}, "tokens": {n}000, "lm_loss": {9 - n}, "max_vio_micro": [1.0, {n}]}}\n' for n in range(5)
+        )
+    )
     return saved_run
 
 
@@ -46,7 +50,7 @@ def test_analyses_a_run(
     )
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (run / "analysis").iterdir()) == [
-        "analysis.json", "load.png", "specialisation.png", "trace.safetensors"
+        "analysis.json", "load.png", "specialisation.png", "trace.safetensors", "training.png"
     ]  # fmt: skip
     numbers = json.loads((run / "analysis" / "analysis.json").read_text())
     trace = trace_routing(model, tokenizer, documents, block_size=24)
@@ -57,7 +61,7 @@ def test_analyses_a_run(
         assert sum(layer["load"]) == numbers["tokens"] * numbers["num_experts_per_tok"]
         assert all(sum(shares) == pytest.approx(1) for shares in layer["load_by_domain"].values())
     assert numbers["domains"]["code"]["documents"] == 6
-    for picture in ("specialisation.png", "load.png"):
+    for picture in ("specialisation.png", "load.png", "training.png"):
         assert str(run / "analysis" / picture) in done.stdout
 
 
