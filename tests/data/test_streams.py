@@ -161,6 +161,22 @@ def test_limits_of_bytes(tmp_path: Path) -> None:
     assert stream_of(tmp_path, max_validation_bytes=len(first)).held_out[0] == first
 
 
+def test_a_document_that_fits_no_epoch_is_passed_over(tmp_path: Path) -> None:
+    large = next(text for number in range(99) if not held_out(text := f"large {number} " + "abc " * 999))
+    cap = 2_000
+    reader = WindowReader(stream_of(tmp_path, texts=[large, *TEXTS[:30], large, *TEXTS[30:]], max_train_bytes=cap))
+    expected = []
+    for text in (text for text in TEXTS if not held_out(text)):
+        if sum(map(len, expected)) + len(text) > cap:
+            break
+        expected.append(text)
+    seen: list[str] = []
+    while reader.state["epoch"] == 0:
+        seen += reader.next()
+    assert seen == expected
+    assert len(seen) > 31  # beyond the second large one
+
+
 def test_windows_are_bounded_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "WINDOW_BYTES", 1)
     assert len(WindowReader(stream_of(tmp_path)).next()) == 1
