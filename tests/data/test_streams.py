@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerFast
 
 from equipoise.data import streams, train_tokenizer
@@ -220,15 +220,16 @@ def test_a_place_in_other_files_is_refused(tmp_path: Path, tokenizer: PreTrained
     (tmp_path / "other").mkdir()
     files = write(tmp_path / "other", "parquet", TEXTS, shards=2)
     other = stream_of(tmp_path, dataset=load_dataset("parquet", data_files=files, split="train", streaming=True))
-    with pytest.raises(
-        ValueError, match=r"domain domain: state must be of a stream of as many parts \(10\); got one of 9"
-    ):
+    # An older datasets does not split files.
+    parts, before = (10, 9) if hasattr(IterableDataset, "reshard") else (2, 3)
+    words = rf"domain domain: state must be of a stream of as many parts \({parts}\); got one of {before}"
+    with pytest.raises(ValueError, match=words):
         BlockReader(other, tokenizer, 16, seed=0, domain=0, state=place)
 
 
 def test_many_files_are_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = stream_of(tmp_path)
-    assert split.split_dataset.num_shards == 9
+    assert split.split_dataset.num_shards == (9 if hasattr(IterableDataset, "reshard") else 3)
     monkeypatch.setattr(streams, "_SPLIT_FILES", 2)
     whole = stream_of(tmp_path)
     assert whole.split_dataset.num_shards == 3
