@@ -83,16 +83,21 @@ def test_handlers_are_put_back() -> None:
 
 def stop_one(rank: int, world_size: int, flags: list[str]) -> str | None:
     """The signal reaches the second process only, once it trains."""
+
+    def tell(*_: object) -> None:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
     if rank == 1:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        signal.setitimer(signal.ITIMER_REAL, 4.0)
+        signal.signal(signal.SIGALRM, tell)
+        signal.setitimer(signal.ITIMER_REAL, 1.0, 0.5)
     return train_in_process(rank, world_size, flags)
 
 
 @pytest.mark.processes
 def test_one_process_that_is_told_stops_all_after_the_same_step(corpus: Path, tmp_path: Path, run_processes) -> None:
     values = settings(corpus, tmp_path / "run", max_steps=100_000, logging_steps=1, global_batch_size=4)
-    # A second of training before the alarm, on a slow machine.
     reasons = run_processes(2, stop_one, [written(tmp_path, values)])
     assert reasons == ["SIGTERM", "SIGTERM"]
     assert status(tmp_path / "run")["state"] == "stopped"
