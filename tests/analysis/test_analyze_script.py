@@ -21,9 +21,7 @@ def run(saved_run: Path) -> Path:
     load, metrics = saved_run / "load.jsonl", saved_run / "metrics.jsonl"
     load.write_text("".join(f'{{"step": {n}, "load": {[[n, 9, 8, 7, 6, 5, 4, 0]] * 2}}}\n' for n in range(5)))
     metrics.write_text(
-        "".join(
-            f'{{"step": {n}, "tokens": {n}, "lm_loss": {9 - n}, "max_vio_micro": [1.0, {n}]}}\n' for n in range(5)
-        )
+        "".join(f'{{"step": {n}, "tokens": {n}, "lm_loss": {9 - n}, "max_vio_micro": [1.0, {n}]}}\n' for n in range(5))
     )
     return saved_run
 
