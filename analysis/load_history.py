@@ -3,12 +3,13 @@
 Shapes: S logging steps, L MoE layers, E experts.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .run_lines import read_lines
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,10 @@ class LoadHistory:
 
 def _by_step(file: Path, name: str) -> dict[int, list]:
     """The value called `name` of each line that has one. Of a step done twice, the last."""
-    if not file.is_file():
-        raise ValueError(f"{file.name} must be in the run directory; got none at {file}")
     values = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file.name} must hold one JSON object a line; got {line!r} on line {number}") from error
+    for record in read_lines(file):
         if name in record:
             if "step" not in record:
-                raise ValueError(f"{file.name} must name the step of each line; got {line!r} on line {number}")
+                raise ValueError(f"{file.name} must name the step of each line; got {record}")
             values[record["step"]] = record[name]
     return values

@@ -1,6 +1,5 @@
 """The course of a training, as a run directory records it: loss by domain, gradient, pace."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .figures import DPI
+from .run_lines import read_lines
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -18,15 +18,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is missing, holds no line, or a line is not valid.
     """
-    file = Path(run) / "metrics.jsonl"
-    if not file.is_file():
-        raise ValueError(f"metrics.jsonl must be in the run directory; got none in {run}")
-    records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"metrics.jsonl must hold one JSON object a line; got line {number}: {error}") from error
+    records = read_lines(Path(run) / "metrics.jsonl")
     if not records:
         raise ValueError(f"metrics.jsonl must hold at least one line; got none in {run}")
     return records

@@ -42,30 +42,32 @@ def _sections(texts: list[str], name: str = "") -> Sections:
             yield f"{name}.{first // _PIECES}", texts[first : first + _PIECES]
 
 
+def _page(text: str) -> Sections:
+    """The sections of one file's text; none of one that is too short to say much."""
+    if len(text) >= 500:
+        yield from _sections(paragraph_pieces(text, _CODE_PIECE))
+
+
 def code(path: Path) -> Sections:
     """A source file written by hand, without its licence header."""
     text = without_licence_comments(without_licence_header(path.read_text(encoding="utf-8")))
     text = _ENDING.sub("", text).strip() + "\n"
-    if len(text) >= 500 and is_written_by_hand(text):
-        yield from _sections(paragraph_pieces(text, _CODE_PIECE))
+    if is_written_by_hand(text):
+        yield from _page(text)
 
 
 def restructured_text(path: Path) -> Sections:
     """A page of reStructuredText, without its licence line; pages that only include others are left out."""
     text = re.sub(r"\A(?:\s*\.\. (?:SPDX-License|include::)[^\n]*\n)+", "", path.read_text(encoding="utf-8"))
     unseen = r"^(?:\.\. (?:tabularcolumns|raw|only|contents)::|(?:[.:*\- ]*)(?:copyright\b|©|SPDX-License)).*\n"
-    text = re.sub(unseen, "", text, flags=re.MULTILINE | re.IGNORECASE)
-    if len(text) >= 500:
-        yield from _sections(paragraph_pieces(text, _CODE_PIECE))
+    yield from _page(re.sub(unseen, "", text, flags=re.MULTILINE | re.IGNORECASE))
 
 
 def pod(path: Path) -> Sections:
     """A page of Perl's documentation, without entries of the index and notes to other formatters."""
     text = re.sub(r"X<<? ?[^<>]*>?>", "", path.read_text(encoding="utf-8"))
     others = r"^=for .*?(?:\n\n|\Z)|^=begin (\w+).*?^=end \1|^=(?:encoding|cut)\b[^\n]*"
-    text = re.sub(others, "", text, flags=re.MULTILINE | re.DOTALL)
-    if len(text) >= 500:
-        yield from _sections(paragraph_pieces(text, _CODE_PIECE))
+    yield from _page(re.sub(others, "", text, flags=re.MULTILINE | re.DOTALL))
 
 
 def html_page(path: Path) -> Sections:

@@ -129,6 +129,11 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
         checkpoint = broadcast_object_list([checkpoints.newest() if accelerator.is_main_process else None])[0]
         set_seed(training.seed)
         model = build_model(config, checkpoint)
+        parameters = model.num_parameters()  # before any of them is sharded
+        flops_per_token = training_flops_per_token(model, config, data.block_size)
+        with torch.device("meta"):
+            shell = MoEForCausalLM(config)
+        distribution = distribute(accelerator, model.train(), training)
         accelerator.wait_for_everyone()  # nobody reads the preparation any more
     accelerator.wait_for_everyone()
     state = None if checkpoint is None else checkpoint.state()
@@ -143,11 +148,6 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
         else:
             stack.enter_context(run.locked())
 
-    parameters = model.num_parameters()  # before any of them is sharded
-    flops_per_token = training_flops_per_token(model, config, data.block_size)
-    with torch.device("meta"):
-        shell = MoEForCausalLM(config)
-    distribution = distribute(accelerator, model.train(), training)
     model, optimizer = distribution.model, distribution.torch_optimizer
     model.loss_function = sequence_losses = SequenceLosses()
     model.balancer.expert_parallel_sizes = training.expert_parallel_sizes

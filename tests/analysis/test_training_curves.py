@@ -41,7 +41,7 @@ def test_lines_that_lack_things_are_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(None, "be in the run directory"), ("", "at least one line"), ('{"step": 1', "got line 1")],
+    [(None, "be in the run directory"), ("", "at least one line"), ('{"step": 1', "on line 1")],
 )
 def test_files_that_cannot_be_drawn_are_named(text: str | None, words: str, tmp_path: Path) -> None:
     if text is not None:

@@ -98,6 +98,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus: Path, tmp_path: Path) -
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_model_that_cannot_be_spread_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    values = settings(corpus, tmp_path / "run", sharding="fsdp")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="sharding must be none in a single process"):
+        train(parse_run_settings([str(tmp_path / "settings.yaml")]))
+    assert not list(tmp_path.glob("*run*"))
+
+
 def test_an_activation_that_does_not_exist_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
     values = settings(corpus, tmp_path / "run")
     values["config_overrides"] |= {"hidden_act": "silou"}
