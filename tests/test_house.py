@@ -21,7 +21,9 @@ ARROWS = {
     "training": {"integrations", "modeling", "balancing", "data", "configuration"},
     "evaluation": {"modeling", "balancing", "data", "configuration"},
     "analysis": {"modeling", "balancing", "data", "configuration"},
+    "hub": {"integrations", "modeling", "balancing", "data", "configuration"},
     "scripts": {
+        "hub",
         "training",
         "evaluation",
         "analysis",

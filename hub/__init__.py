@@ -1,0 +1,1 @@
+"""From and to the Hub: conversion, upcycling, the model card, publishing, and what a preset needs of memory."""
