@@ -1,7 +1,7 @@
 """equipoise: Mixture-of-Experts language models whose experts specialise.
 
-Importing the package registers `MoEConfig` with `AutoConfig`, and the models with `AutoModel` and
-`AutoModelForCausalLM` as soon as torch is importable. Everything else is loaded on first use.
+Importing the package registers `MoEConfig` with `AutoConfig`, and the models with the other Auto classes
+as soon as torch is importable. Everything else is loaded on first use.
 """
 
 from importlib import import_module
@@ -14,11 +14,28 @@ from .configuration import MoEConfig
 
 if TYPE_CHECKING:
     from .balancing import Balancer, LoadCountSynchronizer
-    from .modeling import MoEForCausalLM, MoEModel, MoEPreTrainedModel
+    from .modeling import (
+        MoEForCausalLM,
+        MoEForQuestionAnswering,
+        MoEForSequenceClassification,
+        MoEForTokenClassification,
+        MoEModel,
+        MoEPreTrainedModel,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["Balancer", "LoadCountSynchronizer", "MoEConfig", "MoEForCausalLM", "MoEModel", "MoEPreTrainedModel"]
+__all__ = [
+    "Balancer",
+    "LoadCountSynchronizer",
+    "MoEConfig",
+    "MoEForCausalLM",
+    "MoEForQuestionAnswering",
+    "MoEForSequenceClassification",
+    "MoEForTokenClassification",
+    "MoEModel",
+    "MoEPreTrainedModel",
+]
 
 # name -> room that defines it
 _LAZY = {name: "modeling" for name in __all__ if name.startswith("MoE")} | {

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..configuration import BalancingMode, BalancingSettings, ScoringFunction
+from ..configuration.balancing_settings import BalancingMode, BalancingSettings
+from ..configuration.configuration_moe import ScoringFunction
 from .bias_updates import (
     BiasUpdate,
     CentredSignUpdate,

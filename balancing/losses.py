@@ -10,7 +10,7 @@ token is left the value is 0, with gradient 0.
 import torch
 from torch import Tensor
 
-from ..configuration import ScoringFunction
+from ..configuration.configuration_moe import ScoringFunction
 from .load import load_fraction
 
 

@@ -1,13 +1,16 @@
 """MoEConfig: the architecture and the balancing of a Mixture-of-Experts language model."""
 
 import math
-from typing import Literal
+import os
+from pathlib import Path
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .balancing_settings import BalancingFields
+from .remote_code import copy_remote_code
 
 ScoringFunction = Literal["softmax", "sigmoid"]
 
@@ -34,6 +37,30 @@ class MoEConfig(BalancingFields, PreTrainedConfig):
         "num_local_experts": "num_experts",
         "n_routed_experts": "num_experts",
         "n_shared_experts": "num_shared_experts",
+    }
+
+    # How Transformers splits the decoder over tensor-parallel ranks, and over the stages of a pipeline.
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
     }
 
     # --- Decoder ---
@@ -109,6 +136,12 @@ class MoEConfig(BalancingFields, PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in Transformers. With an `auto_map`, as the models save it, the code goes to the folder too."""
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        if getattr(self, "auto_map", None):
+            copy_remote_code(Path(save_directory))
 
     @property
     def num_moe_layers(self) -> int:

@@ -1,19 +1,39 @@
 """The model family: router, experts, decoder and causal language model, registered with the Auto classes."""
 
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from ..configuration import MoEConfig
 from .experts import MoEExperts
-from .modeling_moe import MoECausalLMOutput, MoEForCausalLM, MoEModel, MoEPreTrainedModel
+from .modeling_moe import (
+    MoECausalLMOutput,
+    MoEForCausalLM,
+    MoEForQuestionAnswering,
+    MoEForSequenceClassification,
+    MoEForTokenClassification,
+    MoEModel,
+    MoEPreTrainedModel,
+)
 from .router import MoERouter
 
 AutoModel.register(MoEConfig, MoEModel, exist_ok=True)
 AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
+AutoModelForQuestionAnswering.register(MoEConfig, MoEForQuestionAnswering, exist_ok=True)
+AutoModelForSequenceClassification.register(MoEConfig, MoEForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(MoEConfig, MoEForTokenClassification, exist_ok=True)
 
 __all__ = [
     "MoECausalLMOutput",
     "MoEExperts",
     "MoEForCausalLM",
+    "MoEForQuestionAnswering",
+    "MoEForSequenceClassification",
+    "MoEForTokenClassification",
     "MoEModel",
     "MoEPreTrainedModel",
     "MoERouter",

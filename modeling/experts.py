@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from ..configuration import MoEConfig
+from ..configuration.configuration_moe import MoEConfig
 
 
 @use_experts_implementation

@@ -10,13 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.glm4_moe.modeling_glm4_moe import (
@@ -31,8 +37,12 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..balancing import Balancer, expert_gradient_norms, token_mask
-from ..configuration import BalancingSettings, MoEConfig
+from ..balancing.balancer import Balancer
+from ..balancing.imbalance import expert_gradient_norms
+from ..balancing.load import token_mask
+from ..configuration.balancing_settings import BalancingSettings
+from ..configuration.configuration_moe import MoEConfig
+from ..configuration.remote_code import AUTO_MAP
 from .experts import MoEExperts
 from .router import KeptSelection, MoERouter
 
@@ -239,6 +249,23 @@ class MoEPreTrainedModel(PreTrainedModel):
     # Transformers looks for the decorator in this file's text only, and the experts live in another.
     _can_set_experts_implementation_cached_value = True
 
+    def __init__(self, config: MoEConfig, *inputs: Any, **kwargs: Any) -> None:
+        super().__init__(config, *inputs, **kwargs)
+        # The generic heads make their decoder through AutoModel, which does not know a configuration that came as
+        # remote code.
+        AutoModel.register(type(config), MoEModel, exist_ok=True)
+
+    def save_pretrained(self, *arguments: Any, **kwargs: Any) -> None:
+        """As in Transformers. The code travels with the weights (`remote_code`)."""
+        config, before = self.config, getattr(self.config, "auto_map", None)
+        config.auto_map = dict(AUTO_MAP)
+        try:
+            super().save_pretrained(*arguments, **kwargs)
+        finally:
+            config.auto_map = before
+            if before is None:
+                del config.auto_map
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -343,6 +370,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: MoEConfig):
@@ -491,10 +520,29 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         return torch.nn.functional.pad(labels[..., 1:].ne(-100), (0, 1))
 
 
+class MoEForSequenceClassification(GenericForSequenceClassification, MoEPreTrainedModel):
+    """The decoder with a classifier of sequences. Nothing is balanced here: only [`MoEForCausalLM`] does that."""
+
+
+class MoEForTokenClassification(GenericForTokenClassification, MoEPreTrainedModel):
+    """The decoder with a classifier of tokens; likewise."""
+
+
+class MoEForQuestionAnswering(GenericForQuestionAnswering, MoEPreTrainedModel):
+    """The decoder with a span classifier; likewise."""
+
+
 def _unwrapped(module: nn.Module) -> Any:
     """The module itself, where PEFT has put a wrapper for adapters of its parameters in its place."""
     unwrap: Any = getattr(module, "get_base_layer", None)
     return module if unwrap is None else unwrap()
 
 
-__all__ = ["MoEForCausalLM", "MoEModel", "MoEPreTrainedModel"]
+__all__ = [
+    "MoEForCausalLM",
+    "MoEForQuestionAnswering",
+    "MoEForSequenceClassification",
+    "MoEForTokenClassification",
+    "MoEModel",
+    "MoEPreTrainedModel",
+]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from ..configuration import MoEConfig
+from ..configuration.configuration_moe import MoEConfig
 
 
 class KeptSelection:
