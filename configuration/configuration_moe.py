@@ -8,6 +8,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
 
 from .balancing_settings import BalancingFields
 from .remote_code import copy_remote_code
@@ -39,29 +40,15 @@ class MoEConfig(BalancingFields, PreTrainedConfig):
         "n_shared_experts": "num_shared_experts",
     }
 
-    # How Transformers splits the decoder over tensor-parallel ranks, and over the stages of a pipeline.
+    # How Transformers splits the model over tensor-parallel ranks, expert-parallel ranks and the stages of a pipeline.
+    # Modules are named as in GLM-4-MoE, so its plans serve, in the styles of whichever version is installed.
     base_model_tp_plan = {  # noqa: RUF012
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
+        **Glm4MoeConfig.base_model_tp_plan,
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-        "layers.*.mlp.shared_experts.gate_proj": "colwise",
-        "layers.*.mlp.shared_experts.up_proj": "colwise",
-        "layers.*.mlp.shared_experts.down_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_pp_plan = {  # noqa: RUF012
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
+    base_model_ep_plan = Glm4MoeConfig.base_model_ep_plan
+    base_model_pp_plan = Glm4MoeConfig.base_model_pp_plan
 
     # --- Decoder ---
     vocab_size: int = 32000

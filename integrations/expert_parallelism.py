@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.distributed import DistributedConfig
 
+from ..configuration import MoEConfig
 from ..modeling import MoEForCausalLM
-from ..modeling.modeling_moe import EXPERT_PARALLEL_PLAN
 from .parallelism import data_parallel_group
 
 
@@ -46,7 +46,7 @@ def shard_experts(model: MoEForCausalLM, expert_parallel_size: int, *, bf16: boo
         raise ValueError(
             f"expert_parallel_size must divide the number of processes ({world_size}); got {expert_parallel_size}"
         )
-    if "ep_dispatch_experts" in EXPERT_PARALLEL_PLAN.values():
+    if "ep_dispatch_experts" in MoEConfig.base_model_ep_plan.values():
         distributed = DistributedConfig(fsdp_size=world_size, ep_size=expert_parallel_size, fsdp_mixed_precision=bf16)
     elif bf16:
         raise ValueError(f"bf16 must be False with Transformers {transformers.__version__}: use autocast; got True")

@@ -14,7 +14,6 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -45,17 +44,6 @@ from ..configuration.configuration_moe import MoEConfig
 from ..configuration.remote_code import AUTO_MAP
 from .experts import MoEExperts
 from .router import KeptSelection, MoERouter
-
-# How Transformers shares the experts of a layer out over ranks, each expert whole. Not in MoEConfig: which styles
-# there are is known once `modeling_utils`, and so torch, is imported.
-EXPERT_PARALLEL_PLAN = {
-    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-    "layers.*.mlp.experts.down_proj": "grouped_gemm",
-}
-if "ep_dispatch_experts" in ALL_PARALLEL_STYLES:
-    EXPERT_PARALLEL_PLAN |= {"layers.*.mlp.experts": "ep_dispatch_experts"}
-else:
-    EXPERT_PARALLEL_PLAN |= {"layers.*.mlp.gate": "ep_router", "layers.*.mlp.experts": "moe_tp_experts"}
 
 # GLM-4-MoE's parts are the general ones: any RoPE scaling, partial rotary, RMSNorm, gated MLP of any width.
 
@@ -246,7 +234,7 @@ class MoEPreTrainedModel(PreTrainedModel):
         "hidden_states": MoEDecoderLayer,
         "attentions": MoEAttention,
     }
-    # Transformers looks for the decorator in this file's text only, and the experts live in another.
+    # Transformers looks for `@use_experts_implementation` in this file's text only, and the experts live in another.
     _can_set_experts_implementation_cached_value = True
 
     def __init__(self, config: MoEConfig, *inputs: Any, **kwargs: Any) -> None:
@@ -280,8 +268,6 @@ class MoEPreTrainedModel(PreTrainedModel):
 
 class MoEModel(MoEPreTrainedModel):
     """The decoder without a head."""
-
-    _ep_plan = EXPERT_PARALLEL_PLAN
 
     def __init__(self, config: MoEConfig):
         super().__init__(config)

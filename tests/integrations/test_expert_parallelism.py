@@ -20,7 +20,6 @@ from transformers.distributed import DistributedConfig
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.integrations import clip_grad_norm_, data_parallel_group, shard_experts
-from equipoise.modeling.modeling_moe import EXPERT_PARALLEL_PLAN
 from tests.launched import launched
 
 Make = Callable[..., MoEConfig]
@@ -30,7 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
     "global_batch": {"balancing_mode": "global_batch", "router_aux_loss_coef": 0.5},
     "loss_free": {"balancing_mode": "loss_free", "scoring_func": "sigmoid", "bias_update_rate": 0.05},
 }
-DISPATCHES = "ep_dispatch_experts" in EXPERT_PARALLEL_PLAN.values()
+DISPATCHES = "ep_dispatch_experts" in MoEConfig.base_model_ep_plan.values()
 # A tensor-parallel plan that shards nothing: an empty one is refused (Transformers 5.23).
 NO_PLAN = {"model.layers.*.mlp.gate.weight": "replicate"}
 # Processes, sets of tokens that differ, and how the model is sharded: a size for `shard_experts`, or the fields of a

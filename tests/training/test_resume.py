@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from training_runs import ARCHITECTURE, forget_after, lines, settings, train_in_process, weights, written
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from equipoise.configuration import parse_run_settings
-from equipoise.modeling.modeling_moe import EXPERT_PARALLEL_PLAN
+from equipoise.configuration import MoEConfig, parse_run_settings
 from equipoise.training import Checkpoints, train
 
 Run = Callable[..., list[Any]]
@@ -134,7 +133,7 @@ def test_resumed_by_other_numbers_of_processes(
     assert yaml.safe_load((run / "settings.yaml").read_text())["global_batch_size"] == 8
 
 
-EXPERT_PARALLEL = "ep_dispatch_experts" in EXPERT_PARALLEL_PLAN.values()
+EXPERT_PARALLEL = "ep_dispatch_experts" in MoEConfig.base_model_ep_plan.values()
 EXPERTS = pytest.param(
     "experts", marks=pytest.mark.skipif(not EXPERT_PARALLEL, reason="Transformers before 5.23 cannot send tokens")
 )
