@@ -328,7 +328,7 @@ class MoEModel(MoEPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         routing = []
         for layer in self.layers:
-            hidden_states, router_logits, selected_experts = layer(
+            output = layer(
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
@@ -338,6 +338,10 @@ class MoEModel(MoEPreTrainedModel):
                 kept_selection=KeptSelection() if self.training else None,
                 **kwargs,
             )
+            if not isinstance(output, tuple):  # in the place of a layer that another stage of a pipeline holds
+                hidden_states = output
+                continue
+            hidden_states, router_logits, selected_experts = output
             if output_routing and router_logits is not None:
                 routing.append((router_logits, selected_experts))
         return MoEModelOutput(
@@ -397,7 +401,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         return torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else None
 
     def _moe_blocks(self) -> list[MoEBlock]:
-        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoEBlock)]
+        layers = self.model.layers
+        return [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), MoEBlock)]
 
     @can_return_tuple
     def forward(
