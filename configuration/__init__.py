@@ -9,6 +9,7 @@ from .balancing_settings import (
     LossScope,
 )
 from .configuration_moe import MoEConfig, ScoringFunction
+from .model_size import ModelSize, model_size
 from .recipe import DomainSource, Recipe, parse_recipe
 from .training_settings import (
     DataSettings,
@@ -30,10 +31,12 @@ __all__ = [
     "LossScope",
     "MoEConfig",
     "ModelSettings",
+    "ModelSize",
     "Recipe",
     "RunSettings",
     "ScoringFunction",
     "TrainingSettings",
+    "model_size",
     "parse_recipe",
     "parse_run_settings",
     "trained_block_size",
