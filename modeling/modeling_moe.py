@@ -36,13 +36,15 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..balancing.balancer import Balancer
+from ..balancing.balancer import Balancer, Observation
 from ..balancing.imbalance import expert_gradient_norms
 from ..balancing.load import token_mask
 from ..configuration.balancing_settings import BalancingSettings
 from ..configuration.configuration_moe import MoEConfig
 from ..configuration.remote_code import AUTO_MAP
+from .adapters import biases_of_adapters, return_biases
 from .experts import MoEExperts
+from .fused_head import DecoderRouting, balanced
 from .router import KeptSelection, MoERouter
 
 # GLM-4-MoE's parts are the general ones: any RoPE scaling, partial rotary, RMSNorm, gated MLP of any width.
@@ -355,8 +357,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     """A Mixture-of-Experts language model that balances its experts as its configuration says.
 
     Balancing acts in training with gradients, and only then: `balancer` counts the selections of each forward pass,
-    and the loop calls `balancer.after_optimizer_step()` once per optimizer step. Evaluation and generation count
-    nothing and add nothing.
+    and each step of an optimizer that holds its parameters closes a global batch (see [`Balancer`]). Evaluation and
+    generation count nothing and add nothing.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -369,14 +371,29 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         self.model = MoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decoder_routing: DecoderRouting | None = None
+        """There once a forward with a fused LM head has taken the place of this class's."""
         self.balancer = Balancer(
             num_experts=config.num_experts,
             scoring_func=config.scoring_func,
             biases=self.selection_biases,
             trained=self.trained_routers,
+            parameters=self.parameters,
             **vars(BalancingSettings.of(config)),
         )
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # TRL's trainers put a forward of their own there.
+        super().__setattr__(name, balanced(self, value) if name == "forward" else value)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: bias for name, bias in biases_of_adapters(self).items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
+        return_biases(state_dict)
+        super()._load_from_state_dict(state_dict, *args)
 
     def selection_biases(self) -> list[Tensor]:
         """The routers' selection biases, fp32 `[E]` each, in layer order."""
@@ -401,8 +418,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         return torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else None
 
     def _moe_blocks(self) -> list[MoEBlock]:
-        layers = self.model.layers
-        return [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), MoEBlock)]
+        blocks = (getattr(layer, "mlp", None) for layer in self.model.layers)
+        return [block for block in blocks if isinstance(block, MoEBlock)]
 
     @can_return_tuple
     def forward(
@@ -449,24 +466,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         router_logits, selected_experts = tuple(zip(*outputs.routing, strict=True)) if outputs.routing else ((), ())
-        bears_loss = self._positions_with_loss(labels, kwargs.get("shift_labels"))
+        bears_loss = self.positions_with_loss(labels, kwargs.get("shift_labels"))
         num_labels = None if bears_loss is None else bears_loss.sum()
 
         observed = None
-        if balancing and router_logits:
-            batch_size, length = hidden_states.shape[:2]
-            mask = token_mask(attention_mask, batch_size, length)
-            if self.balancer.settings.balanced_positions == "labels":
-                if bears_loss is None:
-                    raise ValueError("labels must be given when balanced_positions is labels; got none")
-                mask = bears_loss if mask is None else mask & bears_loss
-            observed = self.balancer.observe(
-                router_logits,
-                selected_experts,
-                batch_size=batch_size,
-                mask=mask,
-                num_labels=0 if num_labels is None else num_labels,
-            )
+        if balancing:
+            observed = self.observe(outputs, attention_mask, bears_loss)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept, :])
@@ -501,8 +506,35 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             selected_experts=selected_experts if output_router_logits else None,
         )
 
+    def observe(
+        self, decoded: MoEModelOutput, attention_mask: Tensor | None, bears_loss: Tensor | None
+    ) -> Observation | None:
+        """Hand the Balancer what the decoder routed; `None` if it has no MoE layer.
+
+        Args:
+            decoded: from the decoder, with `output_routing`.
+            attention_mask: as in `forward`.
+            bears_loss: boolean `[B, T]`, or `None` without labels.
+        """
+        if not decoded.routing:
+            return None
+        router_logits, selected_experts = zip(*decoded.routing, strict=True)
+        batch_size, length = decoded.last_hidden_state.shape[:2]
+        mask = token_mask(attention_mask, batch_size, length)
+        if self.balancer.settings.balanced_positions == "labels":
+            if bears_loss is None:
+                raise ValueError("labels must be given when balanced_positions is labels; got none")
+            mask = bears_loss if mask is None else mask & bears_loss
+        return self.balancer.observe(
+            router_logits,
+            selected_experts,
+            batch_size=batch_size,
+            mask=mask,
+            num_labels=0 if bears_loss is None else bears_loss.sum(),
+        )
+
     @staticmethod
-    def _positions_with_loss(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
+    def positions_with_loss(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
         """Which positions `[B, T]` bear loss, as the loss function will see them; `None` without labels."""
         if shift_labels is not None:
             return shift_labels.ne(-100)

@@ -9,13 +9,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
-from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
-from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeForCausalLM
-from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
 from equipoise import MoEConfig, MoEForCausalLM, MoEModel
 from equipoise.modeling import MoERouter
+from tests.modeling.stock_twins import biased, glm4_moe, qwen3_moe
 
 Make = Callable[..., MoEConfig]
 ROOT = Path(__file__).parents[2]
@@ -30,25 +28,15 @@ def tokens(batch: int = 2, length: int = 12) -> Tensor:
     return torch.randint(2, 64, (batch, length))
 
 
-def biased(model: MoEForCausalLM) -> MoEForCausalLM:
-    """Selection biases away from zero, so that a path that forgets them shows."""
-    for bias in model.selection_biases():
-        bias.copy_(torch.randn_like(bias) * 0.3)
-    return model
-
-
 # --- Against the stock models ---
 
 
 def test_logits_equal_qwen3_moe(tiny_config: Make) -> None:
     ours = MoEForCausalLM(tiny_config(num_shared_experts=0, first_k_dense_replace=0)).eval()
-    shared = set(Qwen3MoeConfig().to_dict()) - {"model_type", "architectures", "transformers_version"}
-    fields = {name: value for name, value in ours.config.to_dict().items() if name in shared}
-    stock = Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields, num_experts=8)).eval()
-    weights = {name: value for name, value in ours.state_dict().items() if "correction_bias" not in name}
-    stock.load_state_dict(weights)
     ids = tokens()
-    torch.testing.assert_close(ours(ids).logits, stock(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours(ids).logits, qwen3_moe(ours, Qwen3MoeForCausalLM)(ids).logits, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_logits_equal_glm4_moe(tiny_config: Make) -> None:
@@ -62,18 +50,8 @@ def test_logits_equal_glm4_moe(tiny_config: Make) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     )
     ours = biased(MoEForCausalLM(config)).eval()
-    fields = config.to_dict()
-    shared = set(Glm4MoeConfig().to_dict()) - {"model_type", "architectures", "transformers_version"}
-    stock = Glm4MoeForCausalLM(
-        Glm4MoeConfig(
-            **{name: value for name, value in fields.items() if name in shared},
-            n_routed_experts=config.num_experts,
-            n_shared_experts=config.num_shared_experts,
-        )
-    ).eval()
-    stock.load_state_dict(ours.state_dict())
     ids = tokens()
-    torch.testing.assert_close(ours(ids).logits, stock(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(ids).logits, glm4_moe(ours)(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 # --- Routing ---
