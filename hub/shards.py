@@ -38,7 +38,7 @@ class Shards:
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
         """In the words of safetensors: `F32`, `BF16`, `F8_E4M3`, ..."""
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             try:
                 with safe_open(file, framework="pt") as weights:
                     for name in weights.keys():  # noqa: SIM118 - no dictionary
@@ -56,7 +56,12 @@ class Shards:
         return weights.get_slice(name)[part] if part else weights.get_tensor(name)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a saved model; those that its index names where there is one.
+
+    Raises:
+        ValueError: there is neither.
+    """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
