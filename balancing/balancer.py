@@ -3,14 +3,17 @@
 `B` sequences, `T` positions, `N = B*T` tokens, `L` MoE layers, `E` experts, `K` experts per token, `R` ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..configuration.balancing_settings import BalancingMode, BalancingSettings
 from ..configuration.configuration_moe import ScoringFunction
@@ -76,9 +79,15 @@ class BalancingLoss:
 class Balancer:
     """Balances the load of the experts in one of the five modes; the one object that others talk to.
 
-    In the forward pass: `observe` when the last layer has routed, `loss` after the language-model loss. In the loop:
-    `after_optimizer_step` once per real optimizer step. It holds integer counts and no parameter, and it is no module:
-    nothing in it is broadcast, cast or saved with the weights.
+    In the forward pass: `observe` when the last layer has routed, `loss` after the language-model loss. Each optimizer
+    step closes a global batch. It holds integer counts and no parameter, and it is no module: nothing in it is
+    broadcast, cast or saved with the weights.
+
+    **Steps.** Given the model's `parameters`, it learns of a step from torch, which tells of every optimizer's, and
+    closes the batch when the optimizer is one that holds some of them; a fused one that a gradient scaler calls in
+    vain says so itself. Where torch hears nothing the loop must call `after_optimizer_step`: under DeepSpeed, whose
+    optimizers hold copies; and when a gradient scaler passes over an unfused optimizer, without which the counts of
+    the skipped batch merge into the next one's. Calling it besides changes nothing: the batch is closed already.
 
     **Scale.** A coefficient means the same under any accumulation, world size, `K`, `E`, `L` and padding: the terms
     of micro-batch `m` are weighted by `T_m / T`, its share of the global batch's tokens (the sequence loss by its
@@ -93,6 +102,8 @@ class Balancer:
             module to another device replaces its buffers.
         trained: returns whether each layer's router is being trained, in layer order. A frozen router gets no
             balancing gradient and its bias does not move. `None`: all are.
+        parameters: returns the parameters of the model, by which its optimizers are known. `None`: the loop tells of
+            each step.
         process_group: the data-parallel group; `None` is the default group.
         expert_parallel_sizes: sizes of simulated expert-parallel groups, each a divisor of `E`, whose slowdown
             `metrics` then gives.
@@ -110,6 +121,7 @@ class Balancer:
         scoring_func: ScoringFunction = "softmax",
         biases: Callable[[], Sequence[Tensor]] | None = None,
         trained: Callable[[], Sequence[bool]] | None = None,
+        parameters: Callable[[], Iterable[Tensor]] | None = None,
         process_group: dist.ProcessGroup | None = None,
         expert_parallel_sizes: Sequence[int] = (),
         **settings: Any,
@@ -131,11 +143,14 @@ class Balancer:
         """Optimizer steps made."""
         self._biases = biases
         self._trained = trained
+        self._parameters = parameters
         self._bias_update = self._make_bias_update()
         self._whole: LoadCounts | None = None
         """Counts of the whole global batch under way, from the pre-pass."""
         self._unsynchronised: LoadCounts | None = None
         """This rank's counts since the last optimizer step, where no loss needs the others' before it."""
+        self._has_gradient, self._back_propagated = False, False
+        """Whether a loss of this global batch has a gradient, and whether any took part in a backward pass."""
         self._tokens: Tensor | None = None
         """Tokens routed in all optimizer steps made."""
         self._max_vio_trend: Tensor | None = None
@@ -255,6 +270,7 @@ class Balancer:
         if self.in_prepass:
             self._whole = counts if self._whole is None else self._whole + counts
             return observation
+        _counting.add(self)
         if self._moves_biases() and self._bias_update.needs_scores:
             assert self._biases is not None
             with torch.no_grad():
@@ -341,7 +357,13 @@ class Balancer:
             term = router_z_loss(logits, observed.mask.reshape(-1)).mean()
             total = total + self.settings.router_z_loss_coef * token_share * term
             terms["router_z_loss"] = term.detach()
+        if total.requires_grad:
+            self._has_gradient = True
+            total.register_hook(self._note_backward)
         return BalancingLoss(total, terms)
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self._back_propagated = True
 
     def _global_load(self, step: LoadCounts) -> Tensor:
         """The load `[L, E]` that stands for the global batch's.
@@ -362,7 +384,8 @@ class Balancer:
     def after_optimizer_step(self, *, skipped: bool | Tensor = False) -> None:
         """Close the global batch: move the biases if the mode has them, keep the metrics, clear the counters.
 
-        Every rank must call it once per optimizer step, after the last micro-batch.
+        Every rank must call it once per optimizer step, after the last micro-batch; where torch has told of the step
+        (see the class) there is nothing left to do, and nothing is done.
 
         Args:
             skipped: the step was not made (a gradient scaler found an overflow): clear the counters, move nothing. A
@@ -382,6 +405,24 @@ class Balancer:
         finally:
             self._bias_update.forget()
             self._unsynchronised, self._whole = None, None
+            self._has_gradient, self._back_propagated = False, False
+            _counting.discard(self)
+
+    def _follow_step_of(self, optimizer: Optimizer) -> None:
+        """Close the global batch if `optimizer`, which has just stepped, trains this model."""
+        if self._parameters is None:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameter in self._parameters()):
+            return
+        if self._has_gradient and not self._back_propagated:
+            warnings.warn(
+                "the balancing loss took no part in the backward pass: something else than the model's own `loss` was "
+                "minimised. Add the output's `aux_loss` to it (docs/fine_tuning.md says at what scale).",
+                stacklevel=2,
+            )
+        found_inf = getattr(optimizer, "found_inf", None)
+        self.after_optimizer_step(skipped=False if found_inf is None else found_inf)
 
     def _require_prepass(self) -> None:
         exact = self._has_loss() and self.settings.load_estimate == "exact"
@@ -537,3 +578,19 @@ class Balancer:
                 {name: None if value is None else torch.tensor(value, dtype=torch.float64) for name, value in saved}
             )
         self._follow_schedule()
+
+
+_counting: WeakSet[Balancer] = WeakSet()
+"""The balancers in the middle of a global batch."""
+
+
+def _follow_step(optimizer: Optimizer, *_: Any) -> None:
+    for balancer in tuple(_counting):
+        balancer._follow_step_of(optimizer)
+
+
+# One hook for all balancers, since a model never sees its optimizer. Every rank calls its optimizer at every step, so
+# all close a batch together, which in some modes is a collective. What a step leaves behind would tell less: the
+# version of a weight also changes when weights are loaded or swapped, and need not change on a rank that holds no
+# shard of it, or is sent it by another.
+register_optimizer_step_post_hook(_follow_step)

@@ -34,7 +34,9 @@ MODULES = (
     "balancing/losses.py",
     "balancing/quantile.py",
     "balancing/synchronizer.py",
+    "modeling/adapters.py",
     "modeling/experts.py",
+    "modeling/fused_head.py",
     "modeling/modeling_moe.py",
     "modeling/router.py",
 )

@@ -30,7 +30,9 @@ def tokens(seed: int) -> Tensor:
 
 def build(tiny_config: Make, mode: str = "loss_free") -> MoEForCausalLM:
     torch.manual_seed(0)
-    return MoEForCausalLM(tiny_config(**MODES[mode])).train()
+    model = MoEForCausalLM(tiny_config(**MODES[mode])).train()
+    model.balancer._parameters = None  # what `follow` does is seen alone: the Balancer does not know its optimizer
+    return model
 
 
 def adamw(model: MoEForCausalLM, fused: bool) -> torch.optim.AdamW:

@@ -1,0 +1,31 @@
+"""LoRA on the router itself: the selection bias is saved and loaded with the adapter.
+
+PEFT saves what the modules of an adapter hold, while the bias is the base model's, and moves there. Whoever asks for
+the model's state therefore finds it under the adapter's name too.
+"""
+
+from torch import Tensor, nn
+
+from .router import MoERouter
+
+BIAS = "e_score_correction_bias"
+# The part of PEFT's LoRA layers that has a place for each adapter and, on a parameter, holds nothing.
+PLACE = "lora_dropout"
+
+
+def biases_of_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """The biases of routers under LoRA, fp32 `[E]`, by the name that makes PEFT save them."""
+    biases = {}
+    for name, router in model.named_modules():
+        if isinstance(router, MoERouter) and name.endswith(".base_layer"):
+            layer = name.removesuffix(".base_layer")
+            for adapter in model.get_submodule(f"{layer}.{PLACE}")._modules:
+                biases[f"{layer}.{PLACE}.{adapter}.{BIAS}"] = getattr(router, BIAS)
+    return biases
+
+
+def return_biases(state: dict[str, Tensor]) -> None:
+    """Rename what `biases_of_adapters` named to what it is in the base model; changes `state`."""
+    for name in [name for name in state if f".{PLACE}." in name and name.endswith(BIAS)]:
+        layer = name.partition(f".{PLACE}.")[0]
+        state[f"{layer}.base_layer.{BIAS}"] = state.pop(name)
