@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bare_environment import make_bare_environment
 from datasets import Dataset
 from gloo_processes import Processes
 from hypothesis import HealthCheck
@@ -101,6 +102,12 @@ def saved_run(
     tokenizer.save_pretrained(folder / "model")
     documents.to_parquet(folder / "validation.parquet")
     return folder
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a virtual environment with torch and Transformers, where equipoise is not installed."""
+    return make_bare_environment(tmp_path_factory.mktemp("bare") / "venv")
 
 
 @pytest.fixture(scope="session")

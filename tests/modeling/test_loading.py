@@ -70,7 +70,7 @@ def test_layers_on_disk_compute_what_they_computed(model: MoEForCausalLM, tmp_pa
     placed = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
         device_map="auto",
-        max_memory={"cpu": 40_000},
+        max_memory={"cpu": 90_000},
         offload_folder=tmp_path / "offload",
         offload_buffers=True,
     )
