@@ -114,7 +114,7 @@ def refuse_occupied(target: Path) -> None:
 def refuse(source: Path, reasons: list[str]) -> None:
     """Raises ValueError with all the reasons, if there are any."""
     if reasons:
-        raise ValueError("\n- ".join([f"{source} cannot be converted exactly:", *reasons]))
+        raise ValueError("\n- ".join([f"{source} cannot be converted:", *reasons]))
 
 
 def write_model(source: Path, target: Path, config: PreTrainedConfig, writer: ShardWriter) -> None:

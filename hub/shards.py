@@ -57,18 +57,19 @@ class Shards:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a saved model; those that its index names where there is one.
+    """The safetensors files of a saved model, as Transformers looks for them: one, or the shards that an index names.
 
     Raises:
         ValueError: there is neither.
     """
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names]
-    if not (folder / SAFE_WEIGHTS_NAME).is_file():
+    if not index.is_file():
         raise ValueError(f"the model must be a folder with {SAFE_WEIGHTS_NAME} or its shards; got {folder}")
-    return [folder / SAFE_WEIGHTS_NAME]
+    return [
+        folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    ]
 
 
 @dataclass(frozen=True)
