@@ -94,7 +94,7 @@ def test_nothing_is_unpickled(trained: Any, tmp_path: Path, monkeypatch: pytest.
     checkpoints = Checkpoints(tmp_path, keep=3, background=False)
     save(checkpoints, 1, trained)
     suffixes = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
-    assert suffixes == {".safetensors", ".json"}
+    assert suffixes == {".safetensors", ".json", ".py"}  # the code that travels with the weights
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something was unpickled")
