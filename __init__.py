@@ -14,6 +14,7 @@ from .configuration import MoEConfig
 
 if TYPE_CHECKING:
     from .balancing import Balancer, LoadCountSynchronizer
+    from .integrations import BalancingCallback
     from .modeling import (
         MoEForCausalLM,
         MoEForQuestionAnswering,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Balancer",
+    "BalancingCallback",
     "LoadCountSynchronizer",
     "MoEConfig",
     "MoEForCausalLM",
@@ -40,6 +42,7 @@ __all__ = [
 # name -> room that defines it
 _LAZY = {name: "modeling" for name in __all__ if name.startswith("MoE")} | {
     "Balancer": "balancing",
+    "BalancingCallback": "integrations",
     "LoadCountSynchronizer": "balancing",
 }
 

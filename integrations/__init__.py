@@ -1,12 +1,14 @@
-"""Where others' objects are known: Accelerate's mesh, Transformers' expert parallelism, optimizers to follow."""
+"""Where others' objects are known: Accelerate's mesh, Transformers' expert parallelism and Trainer, optimizers."""
 
 from .expert_parallelism import clip_grad_norm_, shard_experts
 from .optimizer_steps import follow
 from .parallelism import data_parallel_group
 from .sharding import set_gradient_sync, shard, sharding_mesh, whole, whole_state_dict
+from .trainer_callback import BalancingCallback
 from .zero import configure_zero, zero_weights
 
 __all__ = [
+    "BalancingCallback",
     "clip_grad_norm_",
     "configure_zero",
     "data_parallel_group",
