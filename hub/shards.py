@@ -67,9 +67,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         raise ValueError(f"the model must be a folder with {SAFE_WEIGHTS_NAME} or its shards; got {folder}")
-    return [
-        folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    ]
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 @dataclass(frozen=True)

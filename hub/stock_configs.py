@@ -209,7 +209,7 @@ def _read_glm4_moe(stock: ConfigReader) -> dict[str, Any]:
         )
     if stock["attention_bias"]:
         stock.notes.append(
-            "self_attn.o_proj.bias is added, zeros: glm4_moe has none, and takes the model back only while they stay so"
+            "self_attn.o_proj.bias is added, zeros: glm4_moe, which has none, takes the model back while they stay so"
         )
     same = ("attention_bias", "use_qk_norm", "first_k_dense_replace", "moe_intermediate_size", "norm_topk_prob")
     grouping = ("routed_scaling_factor", "n_group", "topk_group")

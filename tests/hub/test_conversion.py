@@ -68,7 +68,10 @@ def test_logits_equal_the_stock_models(tmp_path: Path, model_type: str, changes:
     convert(tmp_path / "ours", tmp_path / "back", to=model_type)  # type: ignore[arg-type]
     assert_same_tensors(tmp_path / "back", tmp_path / "stock")
     assert_same_config(tmp_path / "back", tmp_path / "stock", differing={"num_nextn_predict_layers"})
-    assert_same_logits(load(tmp_path / "back"), stock)
+    back = load(tmp_path / "back")
+    assert_same_logits(back, stock)
+    # It holds no such layer, and must not promise one to `generate(use_mtp=True)` or an engine.
+    assert getattr(back.config, "num_nextn_predict_layers", 0) == 0
 
 
 def assert_same_config(one: Path, other: Path, differing: Collection[str] = ()) -> None:
