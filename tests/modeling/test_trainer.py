@@ -1,7 +1,9 @@
-"""`transformers.Trainer` itself, with the callback of the README, against the sum it should have minimised."""
+"""`transformers.Trainer` with nothing but the model, against the sum that it should have minimised, written out."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,128 +11,337 @@ import pytest
 import torch
 from launched import launched
 from torch import Tensor
-from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.nn.functional import cross_entropy
+from trainers import Gradients, InOrder, arguments, examples
 
 from equipoise import MoEConfig, MoEForCausalLM
-from equipoise.balancing import load_balancing_loss, load_fraction, mean_scores, routing_scores
 
-STEPS, ACCUMULATION, SEQUENCES = 3, 2, 2
-COEFFICIENT, LEARNING_RATE = 0.5, 0.1
+EXPERTS, ACCUMULATION, SEQUENCES, RANKS = 8, 2, 2, 2
+"""Two ranks, each of two sequences in each of two micro-batches."""
+COEFFICIENT, COMPLEMENT, Z_COEFFICIENT = 0.5, 0.3, 0.01
+Make = Callable[..., MoEConfig]
 
-
-class AfterStep(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        model.balancer.after_optimizer_step()
-
-
-class InOrder(Trainer):
-    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+# Lengths and prompts of the eight sequences of a step, the first four being the first micro-step's. In ALIKE both
+# micro-steps hold 4 tokens to 3 labels, 40 to 30 and 20 to 15, which their two ranks share unevenly.
+ALIKE = {"lengths": [12, 10, 12, 6, 4, 6, 2, 8], "prompts": [3, 2, 2, 3, 1, 2, 1, 1]}
+UNEVEN = {"lengths": [12, 5, 9, 3, 12, 12, 7, 2], "prompts": [0, 2, 4, 0, 9, 1, 3, 1]}
 
 
-def build(tiny_config: Callable[..., MoEConfig]) -> MoEForCausalLM:
-    torch.manual_seed(0)
-    return MoEForCausalLM(tiny_config(router_aux_loss_coef=COEFFICIENT, load_estimate="running"))
+def config_of(tiny_config: Make, mode: str, **fields: Any) -> MoEConfig:
+    """All terms at once: the mode's loss, a complementary one, the z-loss."""
+    complement = {"sequence": "micro_batch", "none": "none"}.get(mode, "sequence")
+    sigmoid = {"scoring_func": "sigmoid", "bias_update_rate": 0.05} if mode == "loss_free" else {}
+    terms = {
+        "router_aux_loss_coef": COEFFICIENT,
+        "complementary_balancing_mode": complement,
+        "complementary_aux_loss_coef": COMPLEMENT,
+        "router_z_loss_coef": Z_COEFFICIENT,
+    }
+    return tiny_config(balancing_mode=mode, **sigmoid | terms | fields)
 
 
-def one_step_by_hand(model: MoEForCausalLM, micro_batches: list[Tensor]) -> Tensor:
-    """The load of the batch; plain gradient descent on cross-entropy + LBL, `f` being the counts so far."""
-    num_labels = sum(ids[:, 1:].numel() for ids in micro_batches)
-    load, total = torch.zeros(2, 8, dtype=torch.long), torch.zeros(())
-    for ids in micro_batches:
-        model.eval()  # nothing of the Balancer takes part
-        outputs = model(ids, output_router_logits=True, use_cache=False)
-        logits = outputs.logits[:, :-1].flatten(0, 1)
-        total = total + torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum") / num_labels
-        load = load + torch.stack([experts.flatten().bincount(minlength=8) for experts in outputs.selected_experts])
-        for layer, router_logits in enumerate(outputs.router_logits):
-            mean_score = mean_scores(routing_scores(router_logits, "softmax"))
-            lbl = load_balancing_loss(load_fraction(load[layer]), mean_score)
-            total = total + COEFFICIENT * lbl / len(outputs.router_logits) / len(micro_batches)
+# --- The oracle: one process, a plain loop over the micro-batches of all ranks ---
+
+
+@dataclass
+class Routed:
+    """What a forward pass of one rank's micro-batch came to; `L` layers, `B` sequences, `T` positions."""
+
+    ce: Tensor
+    """Summed over the labels."""
+    labels: int
+    tokens: int
+    mask: Tensor
+    """`[B, T]`."""
+    logits: Tensor
+    """`[L, B, T, E]`."""
+    scores: Tensor
+    """`[L, B, T, E]`."""
+    chosen: Tensor
+    """`[L, B, T, E]`, 1 where an expert was selected."""
+
+    def lbl(self, load: Tensor | None = None) -> Tensor:
+        """`E * sum f P`, mean over layers, of this micro-batch's scores and a load `[L, E]`, or its own."""
+        load = self.load() if load is None else load
+        score = (self.scores * self.mask[..., None]).sum((1, 2)) / self.tokens
+        return (EXPERTS * load / load.sum(-1, keepdim=True) * score).sum(-1).mean()
+
+    def load(self) -> Tensor:
+        return (self.chosen * self.mask[..., None]).sum((1, 2))
+
+    def sequence_lbl(self) -> Tensor:
+        sequences = [
+            Routed(self.ce, 0, int(mask.sum()), mask[None], *(each[:, [row]] for each in self.values())).lbl()
+            for row, mask in enumerate(self.mask)
+        ]
+        return torch.stack(sequences).mean()
+
+    def values(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.logits, self.scores, self.chosen
+
+    def z_loss(self) -> Tensor:
+        return (self.logits.logsumexp(-1).square() * self.mask).sum() / self.tokens / len(self.logits)
+
+
+def micro_batches(data: list[dict[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
+    """`[micro-step][rank]`: as Accelerate deals out a data set in order, each rank every second batch."""
+    batches = [
+        {name: torch.stack([row[name] for row in data[start : start + SEQUENCES]]) for name in data[0]}
+        for start in range(0, len(data), SEQUENCES)
+    ]
+    return [batches[start : start + RANKS] for start in range(0, len(batches), RANKS)]
+
+
+def route(model: MoEForCausalLM, batch: dict[str, Tensor]) -> Routed:
+    model.eval()  # nothing of the Balancer takes part
+    outputs = model(batch["input_ids"], batch["attention_mask"], output_router_logits=True, use_cache=False)
+    labels = batch["labels"][:, 1:]
+    mask = batch["attention_mask"].bool()
+    shape = (len(outputs.router_logits), *mask.shape, EXPERTS)
+    logits = torch.stack(outputs.router_logits).view(shape)
+    scores = logits.softmax(-1) if model.config.scoring_func == "softmax" else logits.sigmoid()
+    chosen = torch.zeros(shape).flatten(1, 2).scatter(-1, torch.stack(outputs.selected_experts), 1.0).view(shape)
+    ce = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
+    return Routed(
+        ce, int(labels.ne(-100).sum()), int(mask.sum()), mask, logits, scores / scores.sum(-1, keepdim=True), chosen
+    )
+
+
+Shares = Callable[[list[list[Routed]], int, int], tuple[float, float]]
+"""From the routed `[micro-step][rank]`, a micro-step and a rank: the weight on that rank's cross-entropy sum, and the
+factor `c` in the weight `c * T_m / T_sync` on its balancing terms."""
+
+
+def plain_gradient(model: MoEForCausalLM, data: list[dict[str, Tensor]], shares: Shares) -> dict[str, Tensor]:
+    """The gradient of one step; under accumulation the load is that counted so far, over all ranks."""
+    config = model.config
+    steps = [[route(model, batch) for batch in step] for step in micro_batches(data)]
+    total, load = torch.zeros(()), torch.zeros(2, EXPERTS)
+    for number, step in enumerate(steps):
+        load = load + sum(routed.load() for routed in step)
+        for rank, routed in enumerate(step):
+            terms = {"global_batch": routed.lbl(load), "micro_batch": routed.lbl(), "sequence": routed.sequence_lbl()}
+            by_labels, factor = shares(steps, number, rank)
+            by_tokens = factor * routed.tokens / sum(each.tokens for each in step)
+            # The sequence loss counts sequences, of which each rank has as many as the other.
+            weights = {"global_batch": by_tokens, "micro_batch": by_tokens, "sequence": factor / RANKS}
+            total = total + by_labels * routed.ce + Z_COEFFICIENT * by_tokens * routed.z_loss()
+            for scope, coefficient in (
+                (config.balancing_mode, COEFFICIENT),
+                (config.complementary_balancing_mode, COMPLEMENT),
+            ):
+                if scope in terms:
+                    total = total + coefficient * weights[scope] * terms[scope]
     model.zero_grad()
     total.backward()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.grad is not None:
-                weight -= LEARNING_RATE * weight.grad
-    return load
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    fields = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "max_steps": STEPS,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(**fields | changes)
+def labels_in(steps: list[list[Routed]], rank: int | None = None) -> int:
+    return sum(each.labels for step in steps for at, each in enumerate(step) if rank in (None, at))
 
 
-def test_trainer_minimises_what_is_written(tiny_config: Callable[..., MoEConfig], tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, 64, (STEPS * ACCUMULATION * SEQUENCES, 12), generator=generator)
-    trained, by_hand = build(tiny_config), build(tiny_config)
-    trainer = InOrder(
-        model=trained,
-        args=arguments(tmp_path, per_device_train_batch_size=SEQUENCES, gradient_accumulation_steps=ACCUMULATION),
-        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
-        callbacks=[AfterStep()],
-    )
-    trainer.train()
-
-    for step in ids.split(ACCUMULATION * SEQUENCES):
-        load = one_step_by_hand(by_hand, list(step.split(SEQUENCES)))
-    assert torch.equal(trained.balancer.metrics()["load"], load)
-    for name, weight in by_hand.named_parameters():
-        torch.testing.assert_close(trained.get_parameter(name), weight, atol=1e-5, rtol=1e-5, msg=name)
+def by_tokens(steps: list[list[Routed]], number: int, rank: int) -> tuple[float, float]:
+    """What the whole batch in one forward pass comes to: each label and each token weigh alike."""
+    tokens = [sum(each.tokens for each in step) for step in steps]
+    return 1 / labels_in(steps), tokens[number] / sum(tokens)
 
 
-def train_on_a_rank(
-    rank: int, world_size: int, config: MoEConfig, folder: str, average_tokens: bool, sequences: int
-) -> dict[str, Tensor]:
+def by_labels(steps: list[list[Routed]], number: int, rank: int) -> tuple[float, float]:
+    """What the Balancer knows at a micro-step: its share of the labels stands for its share of the tokens."""
+    return 1 / labels_in(steps), labels_in(steps[number : number + 1]) / labels_in(steps)
+
+
+def by_rank(steps: list[list[Routed]], number: int, rank: int) -> tuple[float, float]:
+    """`average_tokens_across_devices=False`: a mean over ranks of what each makes of its own labels alone."""
+    return 1 / RANKS / labels_in(steps, rank), labels_in(steps[number : number + 1]) / RANKS / labels_in(steps, rank)
+
+
+def by_micro_step(steps: list[list[Routed]], number: int, rank: int) -> tuple[float, float]:
+    """A mean over micro-steps."""
+    return 1 / labels_in(steps), 1 / len(steps)
+
+
+# --- Trainer ---
+
+
+def build(config: MoEConfig) -> MoEForCausalLM:
     torch.manual_seed(0)
-    model = MoEForCausalLM(config)
-    ids = torch.randint(2, 64, (STEPS * sequences, 12), generator=torch.Generator().manual_seed(1))
+    return MoEForCausalLM(config)
+
+
+def gradient_under_trainer(
+    rank: int, world_size: int, config: MoEConfig, folder: str, lengths: dict[str, list[int]], changes: dict[str, Any]
+) -> dict[str, Any]:
+    model, gradients = build(config), Gradients()
+    own_loss = changes.pop("own_loss", False)
+
+    def loss_function(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        loss = cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+        if outputs.aux_loss is not None:  # in training
+            processes, accumulation = trainer.accelerator.num_processes, trainer.current_gradient_accumulation_steps
+            loss = loss + outputs.aux_loss / (processes * accumulation)
+        return loss
+
+    with launched(rank, world_size):
+        trainer = InOrder(
+            model=model,
+            args=arguments(
+                folder,
+                max_steps=1,
+                per_device_train_batch_size=SEQUENCES,
+                gradient_accumulation_steps=ACCUMULATION,
+                **changes,
+            ),
+            train_dataset=examples(SEQUENCES * ACCUMULATION * RANKS, **lengths),
+            callbacks=[gradients],
+            compute_loss_func=loss_function if own_loss else None,
+        )
+        trainer.train()
+    return {"gradients": gradients.first, "tokens": model.balancer.metrics()["tokens"]}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("mode", "lengths", "shares", "changes"),
+    [
+        *((mode, ALIKE, by_tokens, {}) for mode in ("none", "micro_batch", "sequence", "global_batch", "loss_free")),
+        *((mode, UNEVEN, by_labels, {}) for mode in ("sequence", "global_batch")),
+        ("global_batch", ALIKE, by_tokens, {"gradient_checkpointing": True}),
+        ("global_batch", UNEVEN, by_rank, {"average_tokens_across_devices": False}),
+        ("global_batch", UNEVEN, by_micro_step, {"own_loss": True}),
+        ("sequence", UNEVEN, by_micro_step, {"own_loss": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", None) or ",".join(value),
+)
+def test_two_processes_under_trainer_minimise_the_loss_of_the_whole_batch(
+    tiny_config: Make,
+    tmp_path: Path,
+    run_processes: Callable[..., list[Any]],
+    mode: str,
+    lengths: dict[str, list[int]],
+    shares: Shares,
+    changes: dict[str, Any],
+) -> None:
+    # Guards against an auxiliary loss that grows with ranks and accumulation, as the stock one does.
+    config = config_of(tiny_config, mode)
+    data = examples(SEQUENCES * ACCUMULATION * RANKS, **lengths)
+    expected = plain_gradient(build(config), data, shares)
+    tokens = sum(int(row["attention_mask"].sum()) for row in data)
+    for result in run_processes(RANKS, gradient_under_trainer, config, str(tmp_path), lengths, dict(changes)):
+        assert result["tokens"] == tokens
+        assert result["gradients"].keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(result["gradients"][name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def weights_after_steps(
+    rank: int, world_size: int, config: MoEConfig, folder: str, steps: int, changes: dict[str, Any]
+) -> dict[str, Tensor]:
+    model = build(config)
+    sequences = 4
     with launched(rank, world_size) if world_size > 1 else nullcontext():
         trainer = InOrder(
             model=model,
             args=arguments(
-                Path(folder),
+                folder,
+                max_steps=steps,
+                learning_rate=0.1,
+                optim="sgd",
                 per_device_train_batch_size=sequences // world_size,
-                average_tokens_across_devices=average_tokens,
+                **changes,
             ),
-            train_dataset=[{"input_ids": row, "labels": row} for row in ids],
-            callbacks=[AfterStep()],
+            train_dataset=examples(steps * sequences, lengths=[12], prompts=[0]),
         )
-        assert trainer.args.world_size == world_size
         trainer.train()
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    assert model.balancer.steps == steps
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("average_tokens", [True, False])
 @pytest.mark.parametrize("mode", ["global_batch", "loss_free"])
-def test_trainer_on_two_processes_is_trainer_on_one(
-    tiny_config: Callable[..., MoEConfig],
-    tmp_path: Path,
-    run_processes: Callable[..., list[Any]],
-    average_tokens: bool,
-    mode: str,
+def test_steps_on_two_processes_are_those_on_one(
+    tiny_config: Make, tmp_path: Path, run_processes: Callable[..., list[Any]], average_tokens: bool, mode: str
 ) -> None:
-    # The stock auxiliary loss grows with the ranks. With sequences of one length the mean of the ranks' means, which
-    # `average_tokens_across_devices=False` asks for, is the mean over the batch: one process is the oracle of both.
-    config = tiny_config(
-        balancing_mode=mode, router_aux_loss_coef=COEFFICIENT, router_z_loss_coef=0.01, bias_update_rate=0.01
-    )
-    sequences = 4
-    alone = train_on_a_rank(0, 1, config, str(tmp_path), average_tokens, sequences)
-    for weights in run_processes(2, train_on_a_rank, config, str(tmp_path), average_tokens, sequences):
+    # Biases included. With sequences of one length a mean of the ranks' means is the mean over the batch: one process
+    # is the oracle of both settings.
+    work = (str(tmp_path), 3, {"average_tokens_across_devices": average_tokens})
+    alone = weights_after_steps(0, 1, config_of(tiny_config, mode), *work)
+    for weights in run_processes(2, weights_after_steps, config_of(tiny_config, mode), *work):
         for name, value in alone.items():
             torch.testing.assert_close(weights[name], value, atol=2e-5, rtol=1e-4, msg=name)
+    assert any(value.any() for name, value in alone.items() if "correction_bias" in name) == (mode == "loss_free")
+
+
+def test_several_steps_with_accumulation(tiny_config: Make, tmp_path: Path) -> None:
+    # The load of an earlier step must not come into a later one: the default estimate would let it.
+    config = config_of(tiny_config, "global_batch", load_estimate="running")
+    steps, rate = 3, 0.1
+    data = examples(steps * RANKS * ACCUMULATION * SEQUENCES, **UNEVEN)
+    trained, by_hand = build(config), build(config)
+    trainer = InOrder(
+        model=trained,
+        args=arguments(
+            tmp_path,
+            max_steps=steps,
+            learning_rate=rate,
+            optim="sgd",
+            per_device_train_batch_size=SEQUENCES * RANKS,
+            gradient_accumulation_steps=ACCUMULATION,
+        ),
+        train_dataset=data,
+    )
+    trainer.train()
+    for start in range(0, len(data), len(data) // steps):
+        # Two sequences of each half: what two ranks would have had is in one forward pass here, which for these terms
+        # is the same.
+        gradient = plain_gradient(by_hand, data[start : start + len(data) // steps], by_labels)
+        with torch.no_grad():
+            for name, value in gradient.items():
+                by_hand.get_parameter(name).sub_(rate * value)
+    for name, weight in by_hand.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), weight, atol=1e-5, rtol=1e-5, msg=name)
+
+
+# --- Losses that Trainer computes itself: it takes the labels away from the model ---
+
+
+def loss_of_one_step(model: MoEForCausalLM, folder: Path, data: list[dict[str, Tensor]], **changes: Any) -> float:
+    own = changes.pop("compute_loss_func", None)
+    trainer = InOrder(
+        model=model,
+        args=arguments(folder, max_steps=1, per_device_train_batch_size=len(data), **changes),
+        train_dataset=data,
+        compute_loss_func=own,
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+def test_a_loss_that_forgets_the_balancing_loss_is_noticed(tiny_config: Make, tmp_path: Path) -> None:
+    def forgetful(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    data = examples(4, **UNEVEN)
+    with pytest.warns(UserWarning, match="balancing loss took no part in the backward pass"):
+        loss_of_one_step(build(config_of(tiny_config, "global_batch")), tmp_path, data, compute_loss_func=forgetful)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the balancing loss")
+        loss_of_one_step(build(config_of(tiny_config, "global_batch")), tmp_path, data)
+
+
+def test_label_smoothing_under_trainer_is_no_language_modelling(tiny_config: Make, tmp_path: Path) -> None:
+    # What docs/fine_tuning.md warns of: Trainer shifts the labels only for models that Transformers ships, so each
+    # token would be taught to predict itself. And the balancing loss is left out, which is noticed.
+    model, data = build(config_of(tiny_config, "global_batch")), examples(4, **UNEVEN)
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    kept = batch["labels"].ne(-100)
+    with torch.no_grad():
+        logits = model.eval()(batch["input_ids"], batch["attention_mask"]).logits[kept]
+    unshifted = cross_entropy(logits, batch["labels"][kept], label_smoothing=0.1, reduction="sum").item()
+    with pytest.warns(UserWarning, match="balancing loss took no part in the backward pass"):
+        loss = loss_of_one_step(model, tmp_path, data, label_smoothing_factor=0.1)
+    assert loss == pytest.approx(unshifted / batch["labels"][:, 1:].ne(-100).sum().item(), rel=1e-4)
