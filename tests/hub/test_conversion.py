@@ -132,6 +132,26 @@ def test_logits_equal_for_any_shape(model_type: str, data: st.DataObject) -> Non
             assert_same_tensors(Path(folder, "back"), Path(folder, "stock"))
 
 
+def test_configurations_as_they_were_published(tmp_path: Path) -> None:
+    """Written by Transformers 4, with fields that the class of Transformers 5 does not declare."""
+    stock = stock_model("qwen3_moe", rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0})
+    stock.save_pretrained(tmp_path / "stock")
+    file = tmp_path / "stock" / "config.json"
+    written = json.loads(file.read_text())
+    for name in ("rope_parameters", "dtype", "num_local_experts"):
+        del written[name]
+    written |= {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "num_experts": 6}
+    written |= {
+        "torch_dtype": "float32",
+        "max_window_layers": 48,
+        "transformers_version": "4.51.0",
+        "temperature": 0.6,
+    }
+    file.write_text(json.dumps(written))
+    convert(tmp_path / "stock", tmp_path / "ours")
+    assert_same_logits(load(tmp_path / "ours"), stock)
+
+
 # --- Out: models of ours ---
 
 
