@@ -127,6 +127,9 @@ def run(
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     tiny_config: Make, tmp_path: Path, run_processes: Callable[..., list[Any]], mode: str, world_size: int
 ) -> None:
+    if world_size == 2 and torch.__version__ < "2.12":
+        pytest.skip("this torch cannot load an optimizer to `cpu:0`, as Accelerate calls the device of such a process")
+
     def both(folder: str, resume_from: str | None) -> list[Any]:
         work = (tiny_config(**MODES[mode]), folder, resume_from, True)
         return run_processes(2, run, *work) if world_size == 2 else [run(0, 1, *work)]
