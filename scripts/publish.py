@@ -12,7 +12,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from equipoise.data import write_whole
-from equipoise.hub.publishing import (
+from equipoise.hub import (
     PublishingError,
     assemble,
     check_repo,
@@ -64,24 +64,25 @@ def publish(arguments: PublishArguments) -> None:
     check_target(arguments)
     run = Path(arguments.run) if arguments.run else None
     model = find_model(run, Path(arguments.model) if arguments.model else None)
+    output = Path(arguments.output).absolute() if arguments.output else None
     made_of: dict[str, Any] = {
         "model": model,
-        "name": arguments.repo or Path(arguments.output or "").name,
+        "name": arguments.repo if output is None else output.name,
         "run": run,
         "license": arguments.license,
         "languages": arguments.languages,
         "revision": arguments.revision,
     }
     missing: list[str] = []
-    if arguments.output and not arguments.dry_run:
+    if output is not None and not arguments.dry_run:
 
         def write(folder: Path) -> None:
             folder.mkdir()
             missing.extend(assemble(folder, place=link_or_copy, **made_of))
 
-        written = write_whole(arguments.output, write)
-        print_contents(written)
-        print(f"\nwritten to {written}")
+        write_whole(output, write)
+        print_contents(output)
+        print(f"\nwritten to {arguments.output}")
     else:
         token = None if arguments.dry_run else find_token()
         with tempfile.TemporaryDirectory(prefix="equipoise-publish-") as folder:

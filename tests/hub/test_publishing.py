@@ -374,6 +374,19 @@ def test_a_folder_instead_of_a_repository(run: Path, tmp_path: Path) -> None:
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
+def test_to_push_weights_are_not_copied(run: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a temporary folder as large as the model, on a disk that may not hold it."""
+    linked = {}
+
+    def contents(folder: Path) -> dict[str, int]:
+        linked.update({file.name: file.is_symlink() for file in folder.iterdir()})
+        return publishing.contents(folder)
+
+    monkeypatch.setattr("equipoise.hub.contents", contents)
+    publish("--run", run, "--repo", "user/mine")
+    assert {name for name, link in linked.items() if link} == set(shards(run / "model"))
+
+
 def test_on_another_disk_weights_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = os.urandom(3_000_000)
     (tmp_path / "model.safetensors").write_bytes(content)
