@@ -31,7 +31,7 @@ _PIPELINE_TAGS = {
 _BIAS = "e_score_correction_bias"  # a buffer of the router
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and torch's
 _MODES = {
-    "none": "The load of the experts was not balanced (`none`).",
+    "none": "No balancing of the experts' load (`none`).",
     "micro_batch": "A load-balancing loss over each micro-batch by itself (`micro_batch`).",
     "sequence": "A load-balancing loss over each sequence by itself (`sequence`).",
     "global_batch": "A load-balancing loss over the global batch, its load counted over all processes and "
@@ -149,7 +149,9 @@ def write_model_card(
         generates=tokenizer and auto_class == "AutoModelForCausalLM",
         data=_data(records),
         recipe=_recipe(records),
-        balancing_mode=_MODES[config.balancing_mode],
+        # Without a record, the weights may never have been trained so: converted ones were not.
+        balancing_mode=("" if records.training else "For training from here, by its configuration: ")
+        + _MODES[config.balancing_mode],
         balancing=yaml.safe_dump(_balancing_fields(config), sort_keys=False).strip(),
         balance=_balance(records, config),
         specialisation=_specialisation(records),

@@ -210,6 +210,9 @@ def test_what_is_missing_is_left_out_and_said(finished_run: Path, tmp_path: Path
     alone = card_of(tmp_path / "card", run / "model")
     assert "## Training data" not in alone
     assert "not recorded" in alone
+    assert "For training from here, by its configuration: No balancing loss: a bias" in alone
+    whole = card_of(tmp_path / "whole", run / "model", run=finished_run)
+    assert "\nNo balancing loss: a bias" in whole
 
 
 def test_records_of_another_model_are_refused(finished_run: Path, tmp_path: Path) -> None:
