@@ -100,6 +100,7 @@ class _Models:
     test_all_params_have_gradient = False
     pipeline_model_mapping = {"text-generation": MoEForCausalLM}  # noqa: RUF012
     model_tester_class = Tester
+    model_tester: Tester | None = None  # abstract in the mixins
 
     def setUp(self) -> None:
         self.model_tester = Tester(self)
