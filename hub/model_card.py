@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration import BalancingSettings, MoEConfig
+from ..configuration.remote_code import AUTO_MAP
 from ..data import write_whole
-from ..modeling.remote_code import AUTO_MAP
 from .shards import Shards
 
 TEMPLATE = Path(__file__).with_name("model_card.md")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration import MoEConfig
-from ..modeling.remote_code import write_remote_code
+from ..configuration.remote_code import write_remote_code
 from .model_card import write_model_card
 from .shards import Shards, weight_files
 
