@@ -3,20 +3,20 @@
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from launched import launched
+from plain_loop import Shares, by_labels, by_micro_step, by_rank, by_tokens, plain_gradient
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from trainers import Gradients, InOrder, arguments, examples
 
 from equipoise import MoEConfig, MoEForCausalLM
 
-EXPERTS, ACCUMULATION, SEQUENCES, RANKS = 8, 2, 2, 2
+ACCUMULATION, SEQUENCES, RANKS = 2, 2, 2
 """Two ranks, each of two sequences in each of two micro-batches."""
 COEFFICIENT, COMPLEMENT, Z_COEFFICIENT = 0.5, 0.3, 0.01
 Make = Callable[..., MoEConfig]
@@ -40,49 +40,6 @@ def config_of(tiny_config: Make, mode: str, **fields: Any) -> MoEConfig:
     return tiny_config(balancing_mode=mode, **sigmoid | terms | fields)
 
 
-# --- The oracle: one process, a plain loop over the micro-batches of all ranks ---
-
-
-@dataclass
-class Routed:
-    """What a forward pass of one rank's micro-batch came to; `L` layers, `B` sequences, `T` positions."""
-
-    ce: Tensor
-    """Summed over the labels."""
-    labels: int
-    tokens: int
-    mask: Tensor
-    """`[B, T]`."""
-    logits: Tensor
-    """`[L, B, T, E]`."""
-    scores: Tensor
-    """`[L, B, T, E]`."""
-    chosen: Tensor
-    """`[L, B, T, E]`, 1 where an expert was selected."""
-
-    def lbl(self, load: Tensor | None = None) -> Tensor:
-        """`E * sum f P`, mean over layers, of this micro-batch's scores and a load `[L, E]`, or its own."""
-        load = self.load() if load is None else load
-        score = (self.scores * self.mask[..., None]).sum((1, 2)) / self.tokens
-        return (EXPERTS * load / load.sum(-1, keepdim=True) * score).sum(-1).mean()
-
-    def load(self) -> Tensor:
-        return (self.chosen * self.mask[..., None]).sum((1, 2))
-
-    def sequence_lbl(self) -> Tensor:
-        sequences = [
-            Routed(self.ce, 0, int(mask.sum()), mask[None], *(each[:, [row]] for each in self.values())).lbl()
-            for row, mask in enumerate(self.mask)
-        ]
-        return torch.stack(sequences).mean()
-
-    def values(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.logits, self.scores, self.chosen
-
-    def z_loss(self) -> Tensor:
-        return (self.logits.logsumexp(-1).square() * self.mask).sum() / self.tokens / len(self.logits)
-
-
 def micro_batches(data: list[dict[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
     """`[micro-step][rank]`: as Accelerate deals out a data set in order, each rank every second batch."""
     batches = [
@@ -90,79 +47,6 @@ def micro_batches(data: list[dict[str, Tensor]]) -> list[list[dict[str, Tensor]]
         for start in range(0, len(data), SEQUENCES)
     ]
     return [batches[start : start + RANKS] for start in range(0, len(batches), RANKS)]
-
-
-def route(model: MoEForCausalLM, batch: dict[str, Tensor]) -> Routed:
-    model.eval()  # nothing of the Balancer takes part
-    outputs = model(batch["input_ids"], batch["attention_mask"], output_router_logits=True, use_cache=False)
-    labels = batch["labels"][:, 1:]
-    mask = batch["attention_mask"].bool()
-    shape = (len(outputs.router_logits), *mask.shape, EXPERTS)
-    logits = torch.stack(outputs.router_logits).view(shape)
-    scores = logits.softmax(-1) if model.config.scoring_func == "softmax" else logits.sigmoid()
-    chosen = torch.zeros(shape).flatten(1, 2).scatter(-1, torch.stack(outputs.selected_experts), 1.0).view(shape)
-    ce = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
-    return Routed(
-        ce, int(labels.ne(-100).sum()), int(mask.sum()), mask, logits, scores / scores.sum(-1, keepdim=True), chosen
-    )
-
-
-Shares = Callable[[list[list[Routed]], int, int], tuple[float, float]]
-"""From the routed `[micro-step][rank]`, a micro-step and a rank: the weight on that rank's cross-entropy sum, and the
-factor `c` in the weight `c * T_m / T_sync` on its balancing terms."""
-
-
-def plain_gradient(model: MoEForCausalLM, data: list[dict[str, Tensor]], shares: Shares) -> dict[str, Tensor]:
-    """The gradient of one step; under accumulation the load is that counted so far, over all ranks."""
-    config = model.config
-    steps = [[route(model, batch) for batch in step] for step in micro_batches(data)]
-    total, load = torch.zeros(()), torch.zeros(2, EXPERTS)
-    for number, step in enumerate(steps):
-        load = load + sum(routed.load() for routed in step)
-        for rank, routed in enumerate(step):
-            terms = {"global_batch": routed.lbl(load), "micro_batch": routed.lbl(), "sequence": routed.sequence_lbl()}
-            by_labels, factor = shares(steps, number, rank)
-            by_tokens = factor * routed.tokens / sum(each.tokens for each in step)
-            # The sequence loss counts sequences, of which each rank has as many as the other.
-            weights = {"global_batch": by_tokens, "micro_batch": by_tokens, "sequence": factor / RANKS}
-            total = total + by_labels * routed.ce + Z_COEFFICIENT * by_tokens * routed.z_loss()
-            for scope, coefficient in (
-                (config.balancing_mode, COEFFICIENT),
-                (config.complementary_balancing_mode, COMPLEMENT),
-            ):
-                if scope in terms:
-                    total = total + coefficient * weights[scope] * terms[scope]
-    model.zero_grad()
-    total.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def labels_in(steps: list[list[Routed]], rank: int | None = None) -> int:
-    return sum(each.labels for step in steps for at, each in enumerate(step) if rank in (None, at))
-
-
-def by_tokens(steps: list[list[Routed]], number: int, rank: int) -> tuple[float, float]:
-    """What the whole batch in one forward pass comes to: each label and each token weigh alike."""
-    tokens = [sum(each.tokens for each in step) for step in steps]
-    return 1 / labels_in(steps), tokens[number] / sum(tokens)
-
-
-def by_labels(steps: list[list[Routed]], number: int, rank: int) -> tuple[float, float]:
-    """What the Balancer knows at a micro-step: its share of the labels stands for its share of the tokens."""
-    return 1 / labels_in(steps), labels_in(steps[number : number + 1]) / labels_in(steps)
-
-
-def by_rank(steps: list[list[Routed]], number: int, rank: int) -> tuple[float, float]:
-    """`average_tokens_across_devices=False`: a mean over ranks of what each makes of its own labels alone."""
-    return 1 / RANKS / labels_in(steps, rank), labels_in(steps[number : number + 1]) / RANKS / labels_in(steps, rank)
-
-
-def by_micro_step(steps: list[list[Routed]], number: int, rank: int) -> tuple[float, float]:
-    """A mean over micro-steps."""
-    return 1 / labels_in(steps), 1 / len(steps)
-
-
-# --- Trainer ---
 
 
 def build(config: MoEConfig) -> MoEForCausalLM:
@@ -227,7 +111,7 @@ def test_two_processes_under_trainer_minimise_the_loss_of_the_whole_batch(
     # Guards against an auxiliary loss that grows with ranks and accumulation, as the stock one does.
     config = config_of(tiny_config, mode)
     data = examples(SEQUENCES * ACCUMULATION * RANKS, **lengths)
-    expected = plain_gradient(build(config), data, shares)
+    expected = plain_gradient(build(config), micro_batches(data), shares)
     tokens = sum(int(row["attention_mask"].sum()) for row in data)
     for result in run_processes(RANKS, gradient_under_trainer, config, str(tmp_path), lengths, dict(changes)):
         assert result["tokens"] == tokens
@@ -297,7 +181,7 @@ def test_several_steps_with_accumulation(tiny_config: Make, tmp_path: Path) -> N
     for start in range(0, len(data), len(data) // steps):
         # Two sequences of each half: what two ranks would have had is in one forward pass here, which for these terms
         # is the same.
-        gradient = plain_gradient(by_hand, data[start : start + len(data) // steps], by_labels)
+        gradient = plain_gradient(by_hand, micro_batches(data[start : start + len(data) // steps]), by_labels)
         with torch.no_grad():
             for name, value in gradient.items():
                 by_hand.get_parameter(name).sub_(rate * value)
