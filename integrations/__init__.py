@@ -3,7 +3,7 @@
 from .expert_parallelism import clip_grad_norm_, shard_experts
 from .optimizer_steps import follow
 from .parallelism import data_parallel_group
-from .sharding import set_gradient_sync, shard, sharding_mesh, whole, whole_state_dict
+from .sharding import shard, sharding_mesh, whole, whole_state_dict
 from .trainer_callback import BalancingCallback
 from .zero import configure_zero, zero_weights
 
@@ -13,7 +13,6 @@ __all__ = [
     "configure_zero",
     "data_parallel_group",
     "follow",
-    "set_gradient_sync",
     "shard",
     "shard_experts",
     "sharding_mesh",

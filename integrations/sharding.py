@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 
@@ -40,7 +41,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, *, bf16: bool = False) -> Pr
     """Spread weights, gradients and (built afterwards) optimizer over a mesh: each decoder layer, then the rest.
 
     Args:
-        model: any decoder of Transformers; changed in place.
+        model: any decoder of Transformers; changed in place. On the CPU it may be larger than a device: it is moved
+            there layer by layer.
         mesh: from `sharding_mesh`.
         bf16: compute in bf16; weights stay, and gradients are reduced, in fp32. Outputs are fp32 too: the router's
             logits must not be rounded on their way up.
@@ -57,14 +59,18 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, *, bf16: bool = False) -> Pr
         head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
     for module in model.modules():
         if type(module).__name__ in (model._no_split_modules or []):
+            if bf16:
+                # FSDP2 does so too, but before torch 2.13 not where gradient checkpointing computes a layer again.
+                module.register_forward_pre_hook(_cast_to_bf16, with_kwargs=True)
             fully_shard(module, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def set_gradient_sync(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass reduces the gradients of a sharded model; does nothing to others."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+def _cast_to_bf16(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def cast(value: Any) -> Any:
+        return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tree_map(cast, (args, kwargs))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -89,4 +95,4 @@ def whole_state_dict(model: nn.Module) -> dict[str, Any]:
     return {name: value.clone() for name, value in state.items() if name not in tied}
 
 
-__all__ = ["set_gradient_sync", "shard", "sharding_mesh", "whole", "whole_state_dict"]
+__all__ = ["shard", "sharding_mesh", "whole", "whole_state_dict"]

@@ -59,7 +59,7 @@ def distribute(accelerator: Accelerator, model: MoEForCausalLM, training: Traini
     """
     bf16 = training.mixed_precision == "bf16"
     if training.expert_parallel_size > 1:
-        model = shard_experts(model.to(accelerator.device), training.expert_parallel_size, bf16=bf16)
+        model = shard_experts(model, training.expert_parallel_size, bf16=bf16)
         group = data_parallel_group(model)
         if group is not None and group.size() != accelerator.num_processes:
             raise ValueError(
@@ -71,7 +71,7 @@ def distribute(accelerator: Accelerator, model: MoEForCausalLM, training: Traini
         if training.sharding == "hsdp":
             shard_size = training.shard_size or torch.accelerator.device_count() or accelerator.num_processes
         mesh = sharding_mesh(accelerator.device.type, shard_size)
-        model = shard(model.to(accelerator.device), mesh, bf16=bf16)
+        model = shard(model, mesh, bf16=bf16)
         group = data_parallel_group(mesh)
     else:
         steps_in_backward = configure_zero(

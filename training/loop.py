@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..configuration import RunSettings
 from ..data import write_json, write_whole
-from ..integrations import set_gradient_sync
+from ..modeling import MoECausalLMOutput
 from .flops import peak_flops
 from .interruption import Interruption
 from .phases import PhaseTimes
@@ -138,7 +138,8 @@ def _train(prepared: Prepared, interruption: Interruption) -> int:
             for number, batch in enumerate(micro_batches):
                 # Dropout is a function of the seed and the micro-batch, whichever process has it: nothing to save.
                 torch.manual_seed(_dropout_seed(training.seed, step, number * num_processes + rank))
-                set_gradient_sync(wrapped, number == accumulation - 1)
+                # DDP reduces gradients after the last micro-batch. Sharded ones are reduced after each, for else every
+                # process would have to hold all of them.
                 with accelerator.accumulate(wrapped):
                     with times("forward"):
                         outputs = wrapped(
@@ -148,6 +149,8 @@ def _train(prepared: Prepared, interruption: Interruption) -> int:
                             num_items_in_batch=num_items_in_batch,
                             use_cache=False,
                         )
+                        # The largest tensor there is, and nothing below needs it.
+                        outputs = MoECausalLMOutput(**{k: v for k, v in outputs.items() if k != "logits"})
                     with times("backward"):
                         # The loss is this micro-batch's share of the global batch's: undo the means that Accelerate
                         # (over micro-steps) and DDP (over processes) take, so that the shares add up.
