@@ -18,9 +18,10 @@ from ..data import write_json, write_whole
 from ..modeling import MoECausalLMOutput
 from .flops import peak_flops
 from .interruption import Interruption
+from .panels import panels, start_trackers
 from .phases import PhaseTimes
 from .prepare import Prepared, prepare
-from .records import flat, summary, versions
+from .records import summary, versions
 from .run_directory import RunDirectory
 from .spike_guard import SpikeGuard
 from .step_metrics import StepMetrics
@@ -64,7 +65,7 @@ def _train(prepared: Prepared, interruption: Interruption) -> int:
     distribution, schedule, accumulation = prepared.distribution, prepared.schedule, prepared.accumulation
     model, wrapped, optimizer = distribution.model, distribution.wrapped, distribution.optimizer
     balancer = model.balancer
-    _, data, training = prepared.settings
+    model_settings, data, training = prepared.settings
     rank, num_processes, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
 
     tokens_per_step = num_processes * accumulation * training.micro_batch_size * data.block_size
@@ -109,7 +110,7 @@ def _train(prepared: Prepared, interruption: Interruption) -> int:
     if main:
         run.set_status("running", steps_made)
     if training.trackers:
-        accelerator.init_trackers("equipoise", config=flat(vars(training) | vars(data)))
+        start_trackers(accelerator, vars(model_settings) | vars(data) | vars(training))
     data_state = None if prepared.resumed is None else prepared.resumed["data"]
     step, steps = steps_made, batches.steps(steps_made, data_state)
     progress = tqdm(initial=steps_made, total=training.max_steps, unit="step", disable=not main)
@@ -215,7 +216,7 @@ def _train(prepared: Prepared, interruption: Interruption) -> int:
                     run.append("load.jsonl", routed)
                     _warn_of_gerrymandering(step, record)
                     progress.set_postfix(loss=f"{record['lm_loss']:.3f}" if "lm_loss" in record else "skipped")
-                    accelerator.log(flat(position | record | pace), step=step)
+                    accelerator.log(panels(record | pace | {"tokens": position["tokens"]}), step=step)
 
             if stop:
                 reasons = gather_object([reason])

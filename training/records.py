@@ -1,4 +1,4 @@
-"""What a run writes about itself beside the metrics: the last page, and numbers as trackers take them."""
+"""What a run writes about itself beside the metrics: the last page, and its versions."""
 
 import json
 from importlib.metadata import version
@@ -42,17 +42,4 @@ def summary(prepared: Prepared, step: int, tokens: int, seconds: float, skipped_
     }
 
 
-def flat(record: dict[str, Any]) -> dict[str, float]:
-    """A record's numbers under flat names, lists and mappings spread out: `max_vio_batch/0`, `domain_loss/code`."""
-    numbers: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            numbers |= flat({f"{name}/{inner}": number for inner, number in value.items()})
-        elif isinstance(value, list):
-            numbers |= flat({f"{name}/{index}": number for index, number in enumerate(value)})
-        elif isinstance(value, int | float):
-            numbers[name] = float(value)
-    return numbers
-
-
-__all__ = ["flat", "summary", "versions"]
+__all__ = ["summary", "versions"]

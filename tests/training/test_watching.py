@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from equipoise.configuration import DataSettings, parse_run_settings
 from equipoise.data import IGNORE_INDEX, load_tokenizer, open_corpus
 from equipoise.training import train
 from equipoise.training.flops import peak_flops, training_flops_per_token
+from equipoise.training.panels import TENSORBOARD_LAYOUT, panels
 from equipoise.training.phases import PHASES, PhaseTimes
 from equipoise.training.step_metrics import SequenceLosses
 
@@ -107,6 +109,59 @@ def test_a_run_logs_times_utilisation_and_trackers(corpus: Path, tmp_path: Path)
         per_token = line["teraflops_per_device"] * 1e12 / line["tokens_per_second"]
         assert per_token == pytest.approx(logged[0]["teraflops_per_device"] * 1e12 / logged[0]["tokens_per_second"])
     assert len(list((run.path / "equipoise").rglob("events.out.tfevents.*"))) >= 1
+
+
+def test_panels_group_by_domain_layer_and_kind() -> None:
+    """Trackers make one panel of what stands before the first slash."""
+    record = {
+        "lm_loss": 2.5,
+        "domain_loss": {"code": 2.0, "law/fr": 3.0},
+        "max_vio_batch": [0.5, 1.5],
+        "load_entropy": [0.9, 0.7],
+        "dead_experts": [0, 2],
+        "grad_norm": None,
+        "tokens_per_second": 100,
+        "step_seconds": {"data": 0.1},
+    }
+    assert panels(record) == {
+        "loss/lm_loss": 2.5,
+        "loss_by_domain/code": 2.0,
+        "loss_by_domain/law/fr": 3.0,
+        "max_vio_batch_by_layer/0": 0.5,
+        "max_vio_batch_by_layer/1": 1.5,
+        "balance/max_vio_batch_mean": 1.0,
+        "balance/max_vio_batch_worst": 1.5,
+        "load_entropy_by_layer/0": 0.9,
+        "load_entropy_by_layer/1": 0.7,
+        "balance/load_entropy_mean": pytest.approx(0.8),
+        "balance/load_entropy_worst": 0.7,
+        "dead_experts_by_layer/0": 0,
+        "dead_experts_by_layer/1": 2,
+        "balance/dead_experts_mean": 1,
+        "balance/dead_experts_worst": 2,
+        "pace/tokens_per_second": 100,
+        "step_seconds/data": 0.1,
+    }
+
+
+def test_every_line_that_is_logged_has_a_panel(corpus: Path, tmp_path: Path) -> None:
+    """A measure that is added without one would be found under `pace`."""
+    overrides = ARCHITECTURE | {"balancing_mode": "loss_free", "scoring_func": "sigmoid", "router_z_loss_coef": 0.1}
+    values = settings(corpus, tmp_path / "run", max_steps=2, logging_steps=1, config_overrides=overrides)
+    run = train(parse_run_settings([written(tmp_path, values)]))
+    groups: dict[str, set[str]] = {}
+    for line in lines(run.path / "metrics.jsonl"):
+        for name in panels(line):
+            groups.setdefault(name.split("/")[0], set()).add(name.split("/")[1])
+    assert groups["loss"] == {"lm_loss", "aux_loss", "router_z_loss"}
+    assert groups["loss_by_domain"] == {"code", "prose"}
+    assert groups["optimization"] == {"learning_rate", "grad_norm", "skipped_steps"}
+    assert groups["pace"] == {"step", "tokens", "tokens_per_second", "teraflops_per_device", "seconds"}
+    assert groups["bias_range_by_layer"] == {"0", "1"}
+    charts = [chart[1] for category in TENSORBOARD_LAYOUT.values() for chart in category.values()]
+    tags = [f"{group}/{name}" for group, names in groups.items() for name in names]
+    for patterns in charts:
+        assert all(any(re.fullmatch(pattern, tag) for tag in tags) for pattern in patterns), patterns
 
 
 def test_what_the_run_was_trained_on_is_written_beside_it(corpus: Path, tmp_path: Path) -> None:
