@@ -18,9 +18,12 @@ def biases_of_adapters(model: nn.Module) -> dict[str, Tensor]:
     biases = {}
     for name, router in model.named_modules():
         if isinstance(router, MoERouter) and name.endswith(".base_layer"):
-            layer = name.removesuffix(".base_layer")
-            for adapter in model.get_submodule(f"{layer}.{PLACE}")._modules:
-                biases[f"{layer}.{PLACE}.{adapter}.{BIAS}"] = getattr(router, BIAS)
+            place = f"{name.removesuffix('.base_layer')}.{PLACE}"
+            for adapter, module in model.get_submodule(place).named_children():
+                bias = getattr(router, BIAS)
+                biases[f"{place}.{adapter}.{BIAS}"] = bias
+                # No buffer, which would be another one after a move: torch's distributed checkpoints look names up.
+                module.__dict__[BIAS] = bias
     return biases
 
 

@@ -1,4 +1,7 @@
-"""Balancing of a model that PEFT has wrapped: which routers are trained, whose bias moves, what an adapter saves."""
+"""Balancing of a model that PEFT has wrapped: which routers are trained, whose bias moves, what an adapter saves.
+
+Nobody tells the Balancer of the optimizer's steps.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -9,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from trainers import InOrder, arguments, examples
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.balancing import SignUpdate
@@ -60,9 +65,10 @@ def step(model: MoEForCausalLM, adapted: Any, seed: int) -> tuple[Tensor, Any]:
     ids = tokens(seed)
     outputs = adapted(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
     outputs.loss.backward()
+    steps = model.balancer.steps
     optimizer.step()
     optimizer.zero_grad()
-    model.balancer.after_optimizer_step()
+    assert model.balancer.steps == steps + 1
     load = torch.stack([experts.flatten().bincount(minlength=EXPERTS) for experts in outputs.selected_experts])
     return load, outputs
 
@@ -214,3 +220,123 @@ def test_an_adapter_on_the_router_itself_is_balanced(tiny_config: Make) -> None:
     assert model.trained_routers() == [True] * LAYERS
     load, _ = step(model, adapted, 0)
     assert torch.equal(torch.stack(model.selection_biases()), SignUpdate().update(before, load, RATE, None))
+
+
+# --- What was trained is what is loaded ---
+
+ROUTER = ["mlp.gate.weight"]
+TARGETS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ATTENTION},
+    "experts": {"target_modules": [], "target_parameters": EXPERT_WEIGHTS},
+    "router": {"target_modules": [], "target_parameters": ROUTER},
+    "a copy of the router": {"target_modules": ATTENTION, "modules_to_save": ["gate"]},
+    "all": {"target_modules": ATTENTION, "target_parameters": [*EXPERT_WEIGHTS, *ROUTER]},
+    "all, with a copy of the router": {
+        "target_modules": ATTENTION,
+        "target_parameters": EXPERT_WEIGHTS,
+        "modules_to_save": ["gate"],
+    },
+}
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens(9)).logits
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=list(TARGETS))
+def test_adapter_and_base_are_the_trained_model(tiny_config: Make, tmp_path: Path, targets: dict[str, Any]) -> None:
+    # Guards against a bias that is left behind: other experts would be selected than in training.
+    base = build(tiny_config(**LOSS_FREE))
+    base.save_pretrained(tmp_path / "base")
+    before = torch.stack(base.selection_biases())
+    adapted = wrapped(MoEForCausalLM.from_pretrained(tmp_path / "base").train(), **targets)
+    model = adapted.get_base_model()
+    for seed in range(3):
+        step(model, adapted, seed)
+    biases, expected = torch.stack(model.selection_biases()), logits_of(adapted)
+    trained = "modules_to_save" in targets or ROUTER[0] in targets.get("target_parameters", [])
+    assert model.trained_routers() == [trained] * LAYERS
+    assert torch.equal(biases, before) != trained
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    other = MoEForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(other, tmp_path / "adapter")
+    assert torch.equal(torch.stack(other.selection_biases()), biases)
+    assert torch.equal(logits_of(loaded), expected)
+
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = MoEForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(torch.stack(merged.selection_biases()), biases)
+    torch.testing.assert_close(logits_of(merged), expected, atol=1e-5, rtol=1e-5)
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert not any("lora" in name or "base_layer" in name for name in stored)
+
+
+@pytest.mark.parametrize("targets", ["router", "a copy of the router"])
+def test_a_second_adapter_comes_with_its_bias(tiny_config: Make, tmp_path: Path, targets: str) -> None:
+    # Loaded under another name than it was saved with, beside one that was made before.
+    model = build(tiny_config(**LOSS_FREE))
+    model.save_pretrained(tmp_path / "base")
+    adapted = wrapped(model, **TARGETS[targets])
+    step(model, adapted, 0)
+    biases, expected = torch.stack(model.selection_biases()), logits_of(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    other = MoEForCausalLM.from_pretrained(tmp_path / "base")
+    others = wrapped(other, **TARGETS[targets])
+    try:
+        others.load_adapter(tmp_path / "adapter", "second")
+    except ValueError as error:
+        if "only one LoRA adapter" in str(error):
+            pytest.skip("this version of PEFT allows one adapter of parameters")
+        raise
+    others.set_adapter("second")
+    assert torch.equal(torch.stack(other.selection_biases()), biases)
+    torch.testing.assert_close(logits_of(others), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_state_dict_loads_where_it_came_from(tiny_config: Make) -> None:
+    # The bias is in it twice, under the router's name and the adapter's.
+    adapted = wrapped(build(tiny_config(**LOSS_FREE)), **TARGETS["router"])
+    step(adapted.get_base_model(), adapted, 0)
+    for load, state in (
+        (nn.Module.load_state_dict, adapted.state_dict()),
+        (set_model_state_dict, get_model_state_dict(adapted)),  # as a distributed checkpoint does
+    ):
+        other = wrapped(build(tiny_config(**LOSS_FREE)), **TARGETS["router"])
+        load(other, state)
+        assert torch.equal(logits_of(other), logits_of(adapted))
+        biases = [torch.stack(each.get_base_model().selection_biases()) for each in (other, adapted)]
+        assert torch.equal(*biases)
+
+
+@pytest.mark.parametrize("targets", ["router", "a copy of the router", "all"])
+def test_trainer_saves_and_resumes_adapters_with_their_biases(tiny_config: Make, tmp_path: Path, targets: str) -> None:
+    config = tiny_config(**LOSS_FREE)
+    build(config).save_pretrained(tmp_path / "base")
+
+    def train(folder: str, resume_from: str | None = None) -> Any:
+        torch.manual_seed(1)
+        trainer = InOrder(
+            model=wrapped(MoEForCausalLM.from_pretrained(tmp_path / "base"), **TARGETS[targets]),
+            args=arguments(
+                tmp_path / folder,
+                max_steps=4,
+                learning_rate=0.05,
+                per_device_train_batch_size=2,
+                save_strategy="steps",
+                save_steps=2,
+            ),
+            train_dataset=examples(8, lengths=[12, 5], prompts=[0]),
+        )
+        trainer.train(resume_from_checkpoint=resume_from)
+        trainer.save_model(str(tmp_path / folder))
+        return trainer.model
+
+    whole = train("whole")
+    rest = train("rest", str(tmp_path / "whole" / "checkpoint-2"))
+    loaded = peft.PeftModel.from_pretrained(MoEForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "whole")
+    biases = torch.stack(whole.get_base_model().selection_biases())
+    for same in (rest, loaded):
+        assert torch.equal(torch.stack(same.get_base_model().selection_biases()), biases)
+        assert torch.equal(logits_of(same), logits_of(whole))
