@@ -118,6 +118,7 @@ PROMPTS = {"prompt": [text[:9] for text in TEXTS], "completion": [text[9:] for t
         ("global_batch", {"text": TEXTS}, {"packing": True, "packing_strategy": "wrapped"}),
         ("global_batch", {"text": TEXTS}, {"padding_free": True, "max_length": None}),
         ("global_batch", {"text": TEXTS}, {"loss_type": "dft"}),
+        ("global_batch", {"text": TEXTS}, {"loss_type": "chunked_nll"}),
         ("global_batch", {"text": TEXTS}, {"gradient_checkpointing": False}),
         ("global_batch", {"text": TEXTS}, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
     ],
