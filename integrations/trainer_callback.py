@@ -84,7 +84,7 @@ def find_balancer(model: nn.Module) -> Balancer:
     """
     for module in model.modules():
         # Not by its class: a model loaded with `trust_remote_code` brings its own.
-        balancer = getattr(module, "balancer", None)
+        balancer: Any = getattr(module, "balancer", None)
         if hasattr(balancer, "after_optimizer_step"):
             return balancer
     raise ValueError(f"model must have a balancer, as MoEForCausalLM has; got {type(model).__name__}")
