@@ -224,7 +224,7 @@ def test_nulls_of_token_identity_and_of_an_untrained_router() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts_per_tok": None}, "num_experts_per_tok must be given, and at least 1; got None"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok must be given, and at least 1; got 0"),
         ({"permutations": 0}, "permutations must be at least 1; got 0"),
         ({"domain": ["a"] * 4}, r"domain must have at least two values; got \['a'\]"),
         ({"document": [0, 0, 1, 0]}, "document must be of one domain; got document 0 of 'a' and, in item 3, of 'b'"),

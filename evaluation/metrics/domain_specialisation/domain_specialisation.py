@@ -128,30 +128,31 @@ class DomainSpecialisation(evaluate.Metric):
     def _compute(
         self,
         *,
-        num_experts_per_tok: int | None = None,
+        num_experts_per_tok: int = 0,
         permutations: int = 1000,
         seed: int = 0,
         return_items: bool = False,
         **columns: list,
     ) -> dict:
-        if num_experts_per_tok is None or num_experts_per_tok < 1:
+        if num_experts_per_tok < 1:
             raise ValueError(f"num_experts_per_tok must be given, and at least 1; got {num_experts_per_tok}")
         if permutations < 1:
             raise ValueError(f"permutations must be at least 1; got {permutations}")
         _check_given(columns)
-        for name in ("load", "token_load", "untrained_load"):
-            if name in columns:
-                columns[name] = _tables(name, columns[name], float if name == "token_load" else np.int64)
-                if columns[name].shape != columns["load"].shape:
-                    raise ValueError(
-                        f"{name} must have the layers and experts of load, {columns['load'].shape[1:]}; "
-                        f"got {columns[name].shape[1:]}"
-                    )
-                if name != "token_load":
-                    _check_selections(name, columns[name], num_experts_per_tok)
-        columns["selections"] = columns["load"].sum((1, 2)).tolist()
-        columns = _distinct(columns, same=("domain", "document", "selections"))
-        tables = {name: np.stack(columns[name]) for name in columns if name.endswith("load")}
+        tables = {}
+        for name in [name for name in ("load", "token_load", "untrained_load") if name in columns]:
+            tables[name] = _tables(name, columns[name], float if name == "token_load" else np.int64)
+            if tables[name].shape != tables["load"].shape:
+                raise ValueError(
+                    f"{name} must have the layers and experts of load, {tables['load'].shape[1:]}; "
+                    f"got {tables[name].shape[1:]}"
+                )
+            if name != "token_load":
+                _check_selections(name, tables[name], num_experts_per_tok)
+            columns[name] = list(tables[name])
+        columns["sum of load"] = tables["load"].sum((1, 2)).tolist()
+        columns = _distinct(columns, same=("domain", "document", "sum of load"))
+        tables = {name: np.stack(columns[name]) for name in tables}
 
         domains = sorted(set(columns["domain"]))
         if len(domains) < 2:
@@ -355,3 +356,33 @@ def _tables(name: str, column: list, kind: type) -> np.ndarray:
         if not (least >= 0 and math.isfinite(math.fsum(math.fsum(row) for row in rows))):
             raise ValueError(f"{name} must be finite and at least 0; got {rows} in item {item}")
     return np.array(column, dtype=kind)
+
+
+def _selections(name: str, column: list, num_experts: int) -> list[np.ndarray]:
+    """The experts [L, T, K] of each item, checked."""
+    if num_experts < 2:
+        raise ValueError(f"num_experts must be given, and at least 2; got {num_experts}")
+    windows: list[np.ndarray] = []
+    for item, rows in enumerate(column):
+        try:
+            window = np.array(rows, dtype=np.int64)
+        except (ValueError, TypeError):  # rows of different lengths
+            window = np.zeros(0, dtype=np.int64)
+        if window.ndim != 3 or window.size == 0:
+            raise ValueError(f"{name} must be full rows [layers][tokens][experts]; got another form in item {item}")
+        form = (window.shape[0], window.shape[2])
+        if windows and form != (windows[0].shape[0], windows[0].shape[2]):
+            raise ValueError(
+                f"{name} must have the same layers and experts per token in all items; got {form} in item {item} and "
+                f"{(windows[0].shape[0], windows[0].shape[2])} in item 0"
+            )
+        for expert in window[(window < 0) | (window >= num_experts)].tolist():
+            raise ValueError(f"{name} must be from 0 to {num_experts - 1}; got {expert} in item {item}")
+        ranked = np.sort(window, axis=-1)
+        for layer, token, _ in np.argwhere(ranked[..., 1:] == ranked[..., :-1]):
+            raise ValueError(
+                f"{name} must differ within a token; got {window[layer, token].tolist()} in item {item}, layer "
+                f"{layer}, token {token}"
+            )
+        windows.append(window)
+    return windows

@@ -75,7 +75,8 @@ class ExpertLoad(evaluate.Metric):
     def _compute(self, *, return_items: bool = False, **columns: list) -> dict:
         _check_given(columns)
         tables = _tables("load", columns["load"], np.int64)  # [N, L, E]
-        columns = _distinct({**columns, "load": tables, "sum of load": tables.sum((1, 2)).tolist()}, ("sum of load",))
+        sums = tables.sum((1, 2)).tolist()
+        columns = _distinct({**columns, "load": list(tables), "sum of load": sums}, same=("sum of load",))
         tables = np.stack(columns["load"])
         total = tables.sum(0)
         for layer, counts in enumerate(total.tolist()):

@@ -9,9 +9,8 @@ _DESCRIPTION = """
 Multiple-choice accuracy: the model's choice is the one of the largest score s_c, where s_c is the choice's
 log-likelihood (`accuracy`), that divided by its tokens (`accuracy_per_token`), or by its UTF-8 bytes
 (`accuracy_per_byte`). The log-likelihood alone favours short choices; bytes do not depend on the tokenizer. Each is
-the mean over items of
 
-    (1 if the answer has the largest score, else 0) / (how many choices have the largest score)
+    accuracy = mean over items of (1 if s_answer = max_c s_c, else 0) / (how many choices have s_c = max_c s_c)
 
 from 0 to 1, higher is better. A tie thus counts as a choice drawn among the tied would on average: to take the first
 of them would let the order of the choices decide, and a model that cannot tell the choices apart would score by where

@@ -13,11 +13,11 @@ from .supervisor import PROTECTIONS
 
 _DESCRIPTION = """
 pass@k: the probability that at least one of k programs drawn from those that a model wrote passes the tests. With n
-candidates of which c pass, an item scores the unbiased estimate
+candidates of which c pass in an item, it is estimated without bias by
 
-    1 - C(n - c, k) / C(n, k)
+    pass@k = mean over items of 1 - C(n - c, k) / C(n, k)
 
-and pass@k is the mean over items, from 0 to 1, higher is better.
+from 0 to 1, higher is better.
 
 A candidate is Python; it is run, then its tests are run in its namespace, and it passes if both come to their end
 without an exception, within the limits, and without exiting before. Each runs in a process of its own, with a limit on
