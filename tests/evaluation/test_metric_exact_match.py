@@ -123,9 +123,10 @@ def test_one_reference_is_a_list_of_one(metric: evaluate.EvaluationModule) -> No
     several = metric.compute(predictions=["a", "b"], references=[["a"], ["a"]])
     assert metric.compute(predictions=["a", "b"], references=["a", "a"]) == several
     assert several == {"exact_match": 0.5, "answered": 1.0, "num_items": 2}
-    metric.add(predictions="a", references="a")
-    metric.add_batch(predictions=["b"], references=[["a"]])
-    assert metric.compute() == several
+    metric.add(prediction="a", reference="a")
+    metric.add(predictions="b", references=["a"])
+    metric.add_batch(predictions=["a", "b"], references=["a", "a"])
+    assert metric.compute() == several | {"num_items": 4}
 
 
 def test_regex_takes_its_group_or_all_of_its_match(metric: evaluate.EvaluationModule) -> None:

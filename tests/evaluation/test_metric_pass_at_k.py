@@ -136,6 +136,22 @@ def test_processes_are_limited(metric: evaluate.EvaluationModule) -> None:
     assert "unavailable" in detail(metric, "import threading\nfor _ in range(99): threading.Event().wait(0)\n" + forks)
 
 
+def test_a_program_that_starts_all_it_may_fails_no_other(metric: evaluate.EvaluationModule) -> None:
+    starts_all = "import os, time\nfor _ in range(200):\n    if os.fork() == 0: time.sleep(60); os._exit(0)"
+    greedy = f"import time\ntry:\n    {textwrap.indent(starts_all, '    ').strip()}\nexcept OSError: time.sleep(1)"
+    starts_some = RIGHT + (
+        "import threading, time\n"
+        "for _ in range(10):\n"
+        "    threads = [threading.Thread(target=time.sleep, args=(0.1,)) for _ in range(10)]\n"
+        "    for thread in threads: thread.start()\n"
+        "    for thread in threads: thread.join()\n"
+    )
+    result = run(metric, greedy, starts_some, num_workers=2)
+    if not result["sandbox"]["processes"] and os.geteuid() != 0:
+        pytest.skip("programs of one ordinary user share a limit where there are no namespaces")
+    assert result["items"]["status"] == [["failed", "passed"]]
+
+
 def test_nothing_is_left_running(metric: evaluate.EvaluationModule) -> None:
     mark = f"left-behind-{os.getpid()}"
     program = RIGHT + (

@@ -5,6 +5,7 @@ import math
 import datasets
 import evaluate
 import numpy as np
+import tqdm
 
 _DESCRIPTION = """
 Domain specialisation: what a token's domain says about the experts it selects, layer by layer. With s_g(e) the share
@@ -251,7 +252,7 @@ def _permutation_null(
     flat = load.reshape(len(ids), -1).astype(float)  # of whole numbers, so that sums are exact
     generator = np.random.default_rng(seed)
     null = []
-    for _ in range(permutations):
+    for _ in tqdm.trange(permutations, desc="permuting", disable=None):
         member = np.eye(num_domains)[generator.permutation(domain)]  # [U, G]
         total = (member.T @ flat).reshape(num_domains, *table.shape[1:])
         null.append(_mutual_information(total / total.sum(-1, keepdims=True)))

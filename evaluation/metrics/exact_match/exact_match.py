@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from decimal import Decimal
+from typing import Any
 
 import datasets
 import evaluate
@@ -98,9 +99,9 @@ class ExactMatch(evaluate.Metric):
         """Adds items; a reference may be a text or a list of texts."""
         super().add_batch(references=[_as_list(given) for given in references or []], **columns)
 
-    def add(self, *, references: str | list[str], **values: object) -> None:
+    def add(self, *, reference: str | list[str] | None = None, **values: Any) -> None:
         """Adds an item; its reference may be a text or a list of texts."""
-        super().add(references=_as_list(references), **values)
+        super().add(references=_as_list(values.pop("references", reference)), **values)
 
     def _compute(
         self,
@@ -148,7 +149,7 @@ class ExactMatch(evaluate.Metric):
         return result
 
 
-def _as_list(given: str | list[str]) -> list[str]:
+def _as_list(given: Any) -> Any:
     return [given] if isinstance(given, str) else given
 
 

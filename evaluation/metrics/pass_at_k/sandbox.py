@@ -11,10 +11,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import tqdm
 
-from .supervisor import NOBODY, PROTECTIONS
+from .supervisor import PROTECTIONS, UNUSED_USERS
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py").read_text(encoding="utf-8")
 # For the supervisor to start and to clean up, on a busy machine, before it is given up.
@@ -58,10 +59,19 @@ def run_candidates(
     Raises:
         RuntimeError: a program that does nothing does not pass: whatever the others did would say nothing about them.
     """
-    user_tasks = _tasks_of(NOBODY if os.geteuid() == 0 else os.geteuid())
+    possible = UNUSED_USERS if os.geteuid() == 0 else [os.geteuid()]
+    users = [possible[worker % len(possible)] for worker in range(num_workers)]
+    tasks = {user: _tasks_of(user) for user in possible}
+    free: SimpleQueue[int] = SimpleQueue()
+    for user in users:
+        free.put(user)
 
     def run(pair: tuple[str, str]) -> Outcome:
-        return _run(*pair, limits=limits, num_workers=num_workers, user_tasks=user_tasks)
+        user = free.get()
+        try:
+            return _run(*pair, limits=limits, user=user, user_tasks=tasks[user], same_user=users.count(user))
+        finally:
+            free.put(user)
 
     idle = run(("", ""))
     if idle.status != "passed":
@@ -78,7 +88,8 @@ def run_candidates(
     return [found[pair] for pair in programs], {name: all(each[name] for each in known) for name in PROTECTIONS}
 
 
-def _run(program: str, tests: str, *, limits: Limits, num_workers: int, user_tasks: int) -> Outcome:
+def _run(program: str, tests: str, *, limits: Limits, user: int, user_tasks: int, same_user: int) -> Outcome:
+    """Runs one candidate as `user`, who has `user_tasks` processes otherwise and `same_user` candidates at a time."""
     folder = tempfile.mkdtemp(prefix="candidate-")
     token = os.urandom(16).hex()
     request = {
@@ -86,8 +97,9 @@ def _run(program: str, tests: str, *, limits: Limits, num_workers: int, user_tas
         "tests": tests,
         "token": token,
         "folder": folder,
+        "user": user,
         "user_tasks": user_tasks,
-        "num_workers": num_workers,
+        "same_user": same_user,
         **asdict(limits),
     }
     supervisor = subprocess.Popen(

@@ -31,8 +31,9 @@ PROTECTIONS = {
 }
 """What a run can be protected from, and what candidates can do where it is not."""
 
-NOBODY = 65534
-"""What a candidate runs as where the evaluating process is root's."""
+UNUSED_USERS = range(65520, 65534)
+"""What candidates run as where the evaluating process is root's: numbers between those that systemd gives to services
+and `nobody`, which belong to no one. Each that runs at a time has its own, as long as there are so many."""
 _OWN_PROCESSES = 3  # supervisor, init, and the candidate itself
 _OUTPUT_KEPT = 2048
 # <sched.h>, <sys/mount.h>, <sys/prctl.h>, <linux/capability.h>, <linux/mount.h>: stable numbers of the kernel's ABI.
@@ -72,10 +73,10 @@ def supervise() -> None:
     _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL)
     protections = {name: False for name in PROTECTIONS}
     if os.geteuid() == 0:
-        os.chown(request["folder"], NOBODY, NOBODY)
+        os.chown(request["folder"], request["user"], request["user"])
     if _enter_namespaces():
         protections["network"] = protections["processes"] = True
-        protections["files"] = _make_files_read_only(request["folder"], request["file_mb"])
+        protections["files"] = _make_files_read_only(request)
         init = os.fork()  # the first process of the process namespace
         if init:
             os.waitpid(init, 0)
@@ -106,16 +107,16 @@ def _enter_namespaces() -> bool:
     return True
 
 
-def _make_files_read_only(folder: str, size_mb: int) -> bool:
-    """Makes all files unchangeable, and `folder` an empty file system of limited size that ends with the namespace."""
+def _make_files_read_only(request: dict) -> bool:
+    """Makes all files unchangeable, and the folder an empty file system of limited size, gone with the namespace."""
 
     class MountAttributes(ctypes.Structure):
         _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns_fd")]
 
     attributes = MountAttributes(set=_MOUNT_ATTR_RDONLY)
-    options = f"size={size_mb}m,nr_inodes=4096,mode=700"
+    options = f"size={request['file_mb']}m,nr_inodes=4096,mode=700"
     if os.geteuid() == 0:
-        options += f",uid={NOBODY},gid={NOBODY}"
+        options += f",uid={request['user']},gid={request['user']}"
     return (
         _call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
         and _call(
@@ -127,7 +128,7 @@ def _make_files_read_only(folder: str, size_mb: int) -> bool:
             ctypes.byref(attributes),
             ctypes.sizeof(attributes),
         )
-        and _call("mount", b"tmpfs", folder.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options.encode())
+        and _call("mount", b"tmpfs", request["folder"].encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options.encode())
     )
 
 
@@ -142,7 +143,7 @@ def _run(request: dict, protections: dict[str, bool]) -> dict:
     report, report_end = os.pipe()
     os.set_blocking(report, False)
 
-    protections["user"] = os.geteuid() != 0 or _can_become_nobody()
+    protections["user"] = os.geteuid() != 0 or _can_leave_root(request["user"])
     task_limit = _task_limit(request, in_user_namespace=protections["processes"] and os.geteuid() != 0)
 
     def limit() -> None:
@@ -161,7 +162,7 @@ def _run(request: dict, protections: dict[str, bool]) -> dict:
                 soft, hard = min(soft, allowed), min(hard, allowed)
             resource.setrlimit(number, (soft, hard))
         if os.geteuid() == 0 and protections["user"]:
-            _become_nobody()
+            _leave_root(request["user"])
         _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -230,30 +231,30 @@ def _task_limit(request: dict, in_user_namespace: bool) -> int:
     release = re.match(r"(\d+)\.(\d+)", os.uname().release)
     if in_user_namespace and release and (int(release[1]), int(release[2])) >= (5, 14):
         return one_candidate
-    return request["user_tasks"] + one_candidate * request["num_workers"]
+    return request["user_tasks"] + one_candidate * request["same_user"]
 
 
-def _can_become_nobody() -> bool:
+def _can_leave_root(user: int) -> bool:
     """Tried in a child, because there is no way back."""
     child = os.fork()
     if child == 0:
         try:
-            _become_nobody()
+            _leave_root(user)
         except OSError:
             os._exit(1)
         os._exit(0)
     return os.waitpid(child, 0)[1] == 0
 
 
-def _become_nobody() -> None:
-    """Gives up root and all it may do, except to read, where the interpreter may lie in root's own folders."""
+def _leave_root(user: int) -> None:
+    """Gives up root and all that it may do, but for reading: the interpreter may lie in root's own folders."""
     with open("/proc/self/status") as file:
         permitted = int(file.read().partition("CapPrm:")[2].split()[0], 16)
     kept = permitted & 1 << _CAP_DAC_READ_SEARCH
     _call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
     # Effective, permitted and inheritable, the lower 32 bits and then the upper.
     _call("capset", header, (ctypes.c_uint32 * 6)(kept, kept, kept, 0, 0, 0))
