@@ -12,7 +12,8 @@ BiasUpdateRule = Literal["sign", "centred_sign", "proportional", "tanh_momentum"
 BalancedPositions = Literal["tokens", "labels"]
 
 
-@dataclass(kw_only=True)
+# repr: a configuration that holds these fields prints all of its own.
+@dataclass(kw_only=True, repr=False)
 class BalancingFields:
     """The fields of balancing, shared by [`BalancingSettings`] and [`MoEConfig`]; `docs/balancing.md` has the
     equations and what was measured."""

@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..configuration import MoEConfig
 from .experts import MoEExperts
@@ -21,6 +22,8 @@ from .modeling_moe import (
 )
 from .router import MoERouter
 
+# By this name `Trainer` knows that label smoothing has to shift the labels.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoEConfig.model_type] = MoEForCausalLM.__name__
 AutoModel.register(MoEConfig, MoEModel, exist_ok=True)
 AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
 AutoModelForQuestionAnswering.register(MoEConfig, MoEForQuestionAnswering, exist_ok=True)

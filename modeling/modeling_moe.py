@@ -42,7 +42,7 @@ from ..balancing.load import token_mask
 from ..configuration.balancing_settings import BalancingSettings
 from ..configuration.configuration_moe import MoEConfig
 from ..configuration.remote_code import AUTO_MAP
-from .adapters import biases_of_adapters, return_biases
+from .adapters import biases_of_adapters, load_biases, read_adapter, return_biases
 from .experts import MoEExperts
 from .fused_head import DecoderRouting, balanced
 from .router import KeptSelection, MoERouter
@@ -255,6 +255,17 @@ class MoEPreTrainedModel(PreTrainedModel):
             config.auto_map = before
             if before is None:
                 del config.auto_map
+
+    def load_adapter(self, peft_model_id: str | None = None, *arguments: Any, **kwargs: Any) -> Any:
+        """As in Transformers. The selection bias of a router under LoRA comes with the adapter (`adapters`)."""
+        loaded = super().load_adapter(peft_model_id, *arguments, **kwargs)
+        state = kwargs.get("adapter_state_dict")
+        if state is None:
+            load_config = kwargs.get("load_config")
+            asked = kwargs | getattr(load_config, "download_kwargs", {}) | (kwargs.get("adapter_kwargs") or {})
+            state = read_adapter(str(peft_model_id), asked)
+        load_biases(self, state)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -131,3 +131,10 @@ from equipoise.configuration import parse_run_settings
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_printed_configuration_shows_all_its_fields() -> None:
+    """Bases that are dataclasses bring a `repr` of their own fields alone."""
+    shown = repr(MoEConfig(hidden_size=48, balancing_mode="sequence", num_attention_heads=4))
+    for field in ('"hidden_size": 48', '"balancing_mode": "sequence"', '"vocab_size": 32000'):
+        assert field in shown

@@ -5,6 +5,7 @@ Nobody tells the Balancer of the optimizer's steps.
 
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from trainers import InOrder, arguments, examples
+from transformers import AutoModelForCausalLM
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.balancing import SignUpdate
@@ -264,6 +266,15 @@ def test_adapter_and_base_are_the_trained_model(tiny_config: Make, tmp_path: Pat
     loaded = peft.PeftModel.from_pretrained(other, tmp_path / "adapter")
     assert torch.equal(torch.stack(other.selection_biases()), biases)
     assert torch.equal(logits_of(loaded), expected)
+
+    # Transformers' own verbs. (Before 5.23 its load_adapter does not work with PEFT 0.18.)
+    if find_spec("peft.utils.transformers_weight_conversion"):
+        by_auto_class = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        by_load_adapter = MoEForCausalLM.from_pretrained(tmp_path / "base")
+        by_load_adapter.load_adapter(str(tmp_path / "adapter"))
+        for again in (by_auto_class, by_load_adapter):
+            assert torch.equal(torch.stack(again.selection_biases()), biases)
+            assert torch.equal(logits_of(again), expected)
 
     loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = MoEForCausalLM.from_pretrained(tmp_path / "merged")
