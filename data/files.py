@@ -12,21 +12,22 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
     """Writes a file or a folder under a temporary name beside its place, then renames it.
 
     Args:
-        path: Where it shall be. Folders on the way are made.
+        path: Where it shall be. Folders on the way are made. A symbolic link is followed, and stays.
         write: Called with the temporary path. If it fails, nothing of it stays, and what was at `path` is untouched.
 
     Returns:
         `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    place = path.resolve()  # renaming would put the link away, on whichever disk that is
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         write(temporary)
-        if path.is_dir():  # a folder cannot be replaced in one go
-            path.replace(path.with_name(f".{path.name}.{os.getpid()}.old"))
-        temporary.replace(path)
-        shutil.rmtree(path.with_name(f".{path.name}.{os.getpid()}.old"), ignore_errors=True)
+        if place.is_dir():  # a folder cannot be replaced in one go
+            place.replace(place.with_name(f".{place.name}.{os.getpid()}.old"))
+        temporary.replace(place)
+        shutil.rmtree(place.with_name(f".{place.name}.{os.getpid()}.old"), ignore_errors=True)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
