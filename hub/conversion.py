@@ -1,6 +1,5 @@
 """From Qwen3-MoE, Mixtral and GLM-4-MoE checkpoints to `MoEForCausalLM`, and back wherever that is exact."""
 
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,26 +11,13 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ..configuration import BalancingFields, MoEConfig
 from ..configuration.remote_code import write_remote_code
 from ..data import write_whole
+from .companions import copy_companions
 from .shards import Shards, ShardWriter, defects
 from .stock_configs import ARCHITECTURES, READERS, WRITERS, ConfigReader
 from .stock_weights import EMBEDDING, lacking, lost_values, may_be_left_out, plan_own, plan_stock
 
 Target = Literal["equipoise", "qwen3_moe", "glm4_moe"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-# Beside weights and configuration: whatever a tokenizer is made of, how to generate, and the terms of use.
-_COMPANIONS = (
-    "*token*",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def convert(
@@ -65,8 +51,9 @@ def convert(
         What was left behind, a sentence each.
 
     Raises:
-        ValueError: the conversion would not be exact, or cannot be made: all reasons. Nothing has been written then.
-        huggingface_hub.errors.StrictDataclassError: the source's config.json holds an impossible value.
+        ValueError: the conversion would not be exact, or cannot be made: all reasons; or a file cannot be read.
+            Nothing has been written then.
+        huggingface_hub.errors.StrictDataclassError: a value of balancing is impossible; the message names the field.
     """
     source, target = Path(source), Path(target)
     refuse_occupied(target)
@@ -126,9 +113,7 @@ def write_model(source: Path, target: Path, config: PreTrainedConfig, writer: Sh
         folder.mkdir()
         writer.write(folder)
         config.save_pretrained(folder)
-        for companion in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern)}):
-            copy = shutil.copytree if companion.is_dir() else shutil.copyfile
-            copy(companion, folder / companion.name)
+        copy_companions(source, folder)
         if isinstance(config, MoEConfig):
             write_remote_code(folder)
 

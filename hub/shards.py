@@ -16,6 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .reading import check_fields, read_mapping
+
 Shape = tuple[int, ...]
 Index = tuple[int | slice, ...]
 """A part of a tensor; `()` is all of it."""
@@ -60,14 +62,17 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a saved model, as Transformers looks for them: one, or the shards that an index names.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is neither, or the index names none.
     """
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         raise ValueError(f"the model must be a folder with {SAFE_WEIGHTS_NAME} or its shards; got {folder}")
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_mapping(index).get("weight_map")
+    check_fields(weight_map, {"*": str}, f"{index} weight_map")
+    if not weight_map:
+        raise ValueError(f"{index} weight_map must name the shards; got none")
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 

@@ -4,7 +4,6 @@ Each reading names every field that can change the logits. What it did not ask f
 so that a field which a later version of Transformers brings is refused, not ignored.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from ..configuration import BalancingFields, MoEConfig
+from .reading import read_config, read_mapping
 
 CONFIG_FILE = "config.json"
 
@@ -48,6 +48,12 @@ _HARMLESS = {
     *("max_window_layers", "pretraining_tp"),
 }
 
+# Written by some, and read by none of the classes here: there is nothing of the kind where they are false.
+_HARMLESS_IF_FALSE = {
+    *("add_cross_attention", "attention_bias", "is_decoder", "mlp_bias", "tie_encoder_decoder"),
+    *("tf_legacy_loss", "torchscript", "use_bfloat16", "use_bidirectional_attention", "use_mrope"),
+}
+
 
 class ConfigReader:
     """A configuration in a folder, whose fields are asked for one by one.
@@ -63,30 +69,39 @@ class ConfigReader:
         notes: what will be left behind.
 
     Raises:
-        ValueError: there is no config.json, its model type is not `known`, or its layers differ in their fields.
-        huggingface_hub.errors.StrictDataclassError: the file holds a value that its class refuses.
+        ValueError: there is no config.json, it cannot be read, its model type is not `known`, or its layers differ in
+            their fields.
     """
 
     def __init__(self, folder: Path, known: Iterable[str], ignored: Iterable[str] = ()) -> None:
         file = folder / CONFIG_FILE
         if not file.is_file():
-            raise ValueError(f"the model must be a folder with a {CONFIG_FILE}; got {folder}")
-        self._written = json.loads(file.read_text(encoding="utf-8"))
-        self.model_type = self._written.get("model_type")
+            hint = (
+                ""
+                if folder.exists()
+                else "; `hf download USER/NAME --local-dir FOLDER` makes one of a model of the Hub"
+            )
+            raise ValueError(f"the model must be a folder with a {CONFIG_FILE}; got {folder}{hint}")
+        self._written = read_mapping(file)
+        self.model_type = str(self._written.get("model_type"))
         if self.model_type not in known:
-            why = _KEEP_THEIR_CLASS.get(str(self.model_type), "other models keep their own class")
+            why = _KEEP_THEIR_CLASS.get(self.model_type, "other models keep their own class")
             raise ValueError(f"the model's type must be {' or '.join(sorted(known))}; got {self.model_type} ({why})")
         if self._written.get("per_layer_config"):
             raise ValueError(
                 "per_layer_config must be absent: here all layers have the same fields; got some that differ"
             )
         self._class: type[PreTrainedConfig] = CONFIG_MAPPING[self.model_type]
-        self.config: Any = self._class.from_pretrained(folder)
+        self.config: Any = read_config(self._class, folder)
         self._asked = set(ignored)
         self.refusals: list[str] = []
         self.notes: list[str] = []
         if self["quantization_config"]:
             self.refusals.append("quantization_config must be absent: convert the weights before they are quantised")
+        # No class declares it, and Transformers asks every configuration for it when it makes the attention mask.
+        is_causal = self._written.get("is_causal", True)
+        self._asked.add("is_causal")
+        self.require(is_causal is True, "is_causal", "be true: here attention sees nothing after it", repr(is_causal))
 
     def __getitem__(self, name: str) -> Any:
         """The field's value as its class reads it; `None` where there is none."""
@@ -107,7 +122,9 @@ class ConfigReader:
             if name not in asked and getattr(self.config, name) != default:
                 self._refuse_unknown(name, getattr(self.config, name))
         for name, value in self._written.items():
-            if value and self._stored(name) not in {*asked, *declared}:
+            # What is empty says nothing; what is false or 0 may well turn something off.
+            empty = value is None or value in ([], {}) or (value is False and name in _HARMLESS_IF_FALSE)
+            if not empty and self._stored(name) not in {*asked, *declared}:
                 self._refuse_unknown(name, value)
         return self.refusals
 
@@ -169,7 +186,8 @@ def _read_qwen3_moe(stock: ConfigReader) -> dict[str, Any]:
     _note_coefficient(stock)
     layers = range(decoder["num_hidden_layers"])
     sparse_step, mlp_only = stock["decoder_sparse_step"], stock["mlp_only_layers"]
-    dense = [layer for layer in layers if layer in mlp_only or (layer + 1) % sparse_step]
+    stock.require(sparse_step > 0, "decoder_sparse_step", "be at least 1")
+    dense = [layer for layer in layers if layer in mlp_only or (layer + 1) % max(sparse_step, 1)]
     must = "be the first layers, all of them (mlp_only_layers, decoder_sparse_step)"
     stock.require(dense == list(layers[: len(dense)]), "dense layers", must, dense)
     return {

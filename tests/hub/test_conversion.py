@@ -314,8 +314,10 @@ def test_companions_go_along(tmp_path: Path, tokenizer: PreTrainedTokenizerBase)
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained(source)
     (source / "LICENSE").write_text("do as you please")
-    (source / "training_args.bin").write_text("no companion")
-    (source / "optimizer.pt").write_text("no companion")
+    expected = {path.name for path in source.iterdir()}
+    left = ("training_args.bin", "optimizer.pt", ".token", "hf_token.txt", "wandb_token", "my_tokens.bin")
+    for name in left:
+        (source / name).write_text("no companion")
     convert(source, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "back", to="qwen3_moe")
     for folder in (tmp_path / "ours", tmp_path / "back"):
@@ -325,11 +327,10 @@ def test_companions_go_along(tmp_path: Path, tokenizer: PreTrainedTokenizerBase)
         generation = GenerationConfig.from_pretrained(folder)
         assert (generation.temperature, generation.eos_token_id) == (0.7, [2, 3])
         assert (folder / "LICENSE").read_text() == "do as you please"
-        assert not list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
     assert "auto_map" in json.loads((tmp_path / "ours" / "config.json").read_text())
     assert (tmp_path / "ours" / "modeling_moe.py").is_file()
-    expected = {path.name for path in source.iterdir()} - {"training_args.bin", "optimizer.pt"}
     assert {path.name for path in (tmp_path / "back").iterdir()} == expected
+    assert not {path.name for path in (tmp_path / "ours").iterdir()} & set(left)
 
 
 def test_what_fails_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,6 +394,13 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ("mixtral", {"chunk_size_feed_forward": 4}, r"chunk_size_feed_forward \(4\) is a field unknown here"),
         ("mixtral", {"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config must be absent"),
         ("mixtral", {"layer_types": ["sliding_attention"] * 3}, "layer_types .* is a field unknown"),
+        ("qwen3_moe", {"is_causal": False}, "is_causal must be true: .*; got False"),
+        ("qwen3_moe", {"is_causal": None}, "is_causal must be true: .*; got None"),
+        ("mixtral", {"scale_embeddings": False}, r"scale_embeddings \(False\) is a field unknown here"),
+        ("mixtral", {"residual_multiplier": 0}, r"residual_multiplier \(0\) is a field unknown here"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1; got 0"),
+        ("qwen3_moe", {"dtype": "bogus"}, "stock/config.json must be of qwen3_moe; got .*bogus"),
+        ("qwen3_moe", {"hidden_size": "16"}, "stock/config.json must be of qwen3_moe; got .*'hidden_size'"),
         (
             "qwen3_moe",
             {
@@ -440,7 +448,8 @@ def test_a_field_of_a_later_version_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_a_field_known_to_the_user_is_ignored(tmp_path: Path) -> None:
     stock_model("mixtral").save_pretrained(tmp_path / "stock")
-    edit_config(tmp_path / "stock", packed_by="somebody", temperature=0.5, unknown_but_empty=None)
+    edit_config(tmp_path / "stock", packed_by="somebody", temperature=0.5, unknown_but_empty=None, use_mrope=False)
+    edit_config(tmp_path / "stock", is_causal=True)
     refused(tmp_path / "stock", r"packed_by \(somebody\) is a field unknown here: if it changes no logits, name it")
     convert(tmp_path / "stock", tmp_path / "ours", ignore_config_fields=["packed_by"])
 
@@ -521,7 +530,7 @@ def test_weights_that_do_not_fit_are_refused(
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "stock"
-    refused(folder, "the model must be a folder with a config.json; got")
+    refused(folder, "the model must be a folder with a config.json; got .*stock; `hf download USER/NAME --local-dir")
     stock_model("mixtral").save_pretrained(folder, max_shard_size="10KB")
     refused(folder, "config_overrides must be of balancing .*; got num_experts", config_overrides={"num_experts": 2})
     refused(folder, "Unit '5' not supported|5 XB", max_shard_size="5 XB")
@@ -532,8 +541,25 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused(folder, f"{shard.name} must be a whole safetensors file")
     shard.unlink()
     refused(folder, f"{shard.name} must be a whole safetensors file")
-    (folder / "model.safetensors.index.json").unlink()
+    index, config = folder / "model.safetensors.index.json", folder / "config.json"
+    for content, reason in {
+        "{": r"index.json must hold JSON; got Expecting",
+        "[]": r"index.json must hold a mapping; got \[\]",
+        "{}": "index.json weight_map must be a mapping; got None",
+        '{"weight_map": {}}': "index.json weight_map must name the shards; got none",
+        '{"weight_map": {"a": 1}}': "index.json weight_map a must be text; got 1",
+    }.items():
+        index.write_text(content)
+        refused(folder, reason)
+    index.unlink()
     refused(folder, "must be a folder with model.safetensors or its shards")
+    for content, reason in {
+        b"": "config.json must hold JSON; got Expecting",
+        b"[]": r"config.json must hold a mapping; got \[\]",
+        b"\xff": "config.json must hold JSON; got 'utf-8' codec",
+    }.items():
+        config.write_bytes(content)
+        refused(folder, reason)
 
 
 def test_an_output_that_is_there_is_left_alone(tmp_path: Path) -> None:

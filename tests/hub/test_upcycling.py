@@ -201,6 +201,7 @@ def test_an_upcycled_model_leaves_for_the_stock_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "changes", "experts", "match"),
     [
+        ("llama", {"is_causal": False}, {}, "is_causal must be true: .*; got False"),
         ("llama", {"mlp_bias": True}, {}, "mlp_bias must be false: experts have no biases; got True"),
         (
             "qwen2",
