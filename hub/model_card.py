@@ -1,21 +1,25 @@
 """The model card: what a run directory knows about its model, as the `README.md` beside the weights."""
 
+import filecmp
 import json
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import CONFIG_NAME
 
+from ..balancing import Balancer
 from ..configuration import BalancingSettings, MoEConfig
 from ..configuration.remote_code import AUTO_MAP
 from ..data import write_whole
+from .reading import check_fields, read_config, read_mapping
 from .shards import Shards
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -40,6 +44,74 @@ _MODES = {
     "(`loss_free`, [arXiv 2408.15664](https://arxiv.org/abs/2408.15664)).",
 }
 
+_NUMBER = (int, float)
+_SPECIALISATION = {
+    "mutual_information_bits": _NUMBER,
+    "mutual_information_normalised": _NUMBER,
+    "null_mean_bits": _NUMBER,
+    "null_quantile_95_bits": _NUMBER,
+    "p_value": _NUMBER,
+}
+# What a card tells of each record, and how it finds it there (see `check_fields`).
+_FORMS: dict[str, Any] = {
+    "settings.yaml": {
+        "block_size": int,
+        "global_batch_size?": int,
+        "micro_batch_size": int,
+        "micro_batch_domains": str,
+        "adam_beta1": _NUMBER,
+        "adam_beta2": _NUMBER,
+        "weight_decay": _NUMBER,
+        "max_grad_norm": _NUMBER,
+        "learning_rate": _NUMBER,
+        "learning_rate_schedule": str,
+        "min_learning_rate_ratio": _NUMBER,
+        "warmup_steps": int,
+        "mixed_precision": str,
+        "seed": int,
+    },
+    "data.json": {
+        "*": {
+            "source": {"hub?": str, "data_files?": [str]},
+            "weight?": _NUMBER,
+            "documents?": int,
+            "bytes?": int,
+            "held_out_documents?": int,
+            "held_out_bytes?": int,
+        }
+    },
+    "training.json": {
+        "world_size": int,
+        "gradient_accumulation_steps": int,
+        "domains": list,
+        "epochs?": {"*": _NUMBER},
+        "steps": int,
+        "skipped_steps?": int,
+        "tokens": int,
+        "seconds": _NUMBER,
+        "tokens_per_second": _NUMBER,
+        "lm_loss_start?": _NUMBER,
+        "lm_loss_end?": _NUMBER,
+        "max_vio_batch?": [_NUMBER],
+        "max_vio_micro?": [_NUMBER],
+        "device": str,
+        "versions?": dict,
+    },
+    "evaluation.json": {
+        "domains": {
+            "*": {"bits_per_byte": _NUMBER, "perplexity": _NUMBER, "num_tokens": int, "num_bytes": int},
+        },
+        "settings": {"model": str, "data?": str, "block_size": int},
+    },
+    "analysis/analysis.json": {
+        "layers": [
+            {"layer": int, "max_vio_global": _NUMBER, "dead_experts": int, "load_entropy": _NUMBER, **_SPECIALISATION}
+        ],
+        "mean_over_layers": _SPECIALISATION,
+        "settings": {"permutations": int},
+    },
+}
+
 
 @dataclass
 class RunRecords:
@@ -52,7 +124,9 @@ class RunRecords:
     training: dict[str, Any] = field(default_factory=dict)
     """`training.json`"""
     evaluation: dict[str, Any] = field(default_factory=dict)
-    """`evaluation.json`"""
+    """`evaluation.json`, if it is of this run's model and held-out documents"""
+    other_evaluation: bool = False
+    """Whether there is one that is not."""
     analysis: dict[str, Any] = field(default_factory=dict)
     """`analysis/analysis.json`"""
     pictures: tuple[Path, ...] = ()
@@ -62,15 +136,18 @@ class RunRecords:
     def read(cls, run: Path) -> "RunRecords":
         """
         Raises:
-            ValueError: a file is not JSON, or not YAML.
+            ValueError: a file cannot be read, or lacks a field that a card needs.
         """
         analysis = run / "analysis"
+        evaluation = _read(run, "evaluation.json")
+        own = bool(evaluation) and _evaluated(run, evaluation["settings"])
         return cls(
-            settings=_read(run / "settings.yaml"),
-            data=_read(run / "data.json"),
-            training=_read(run / "training.json"),
-            evaluation=_read(run / "evaluation.json"),
-            analysis=_read(analysis / "analysis.json"),
+            settings=_read(run, "settings.yaml"),
+            data=_read(run, "data.json"),
+            training=_read(run, "training.json"),
+            evaluation=evaluation if own else {},
+            other_evaluation=bool(evaluation) and not own,
+            analysis=_read(run, "analysis/analysis.json"),
             pictures=tuple(analysis / name for name in PICTURES if (analysis / name).is_file()),
         )
 
@@ -126,27 +203,27 @@ def write_model_card(
         What the card could have said and does not, a line each, with how to add it.
 
     Raises:
-        ValueError: a record of the run cannot be read, or is of another model.
+        ValueError: the configuration or a record of the run cannot be read, or is of another model.
     """
-    config = MoEConfig.from_pretrained(folder)
+    config = read_config(MoEConfig, folder)
     records = RunRecords() if run is None else RunRecords.read(run)
     _check_layers(records, config)
-    auto_class = _auto_class(config)
+    auto = auto_class(config, folder)
     tokenizer = (folder / "tokenizer_config.json").is_file()
     parameters = count_parameters(folder, config)
     missing = _missing(records, run, license, languages)
     arguments = [json.dumps(name, ensure_ascii=False)] + ([f'revision="{revision}"'] if revision else [])
     card = ModelCard.from_template(
-        _metadata(records, auto_class, name, license, languages),
+        _metadata(records, auto, name, license, languages),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=_escaped(_title(name)),
         summary=_summary(parameters, config, records),
         architecture=_architecture(parameters, config),
         terms="" if license else _terms(folder),
-        auto_class=auto_class,
+        auto_class=auto,
         address=", ".join(arguments),
         tokenizer=tokenizer,
-        generates=tokenizer and auto_class == "AutoModelForCausalLM",
+        generates=tokenizer and auto == "AutoModelForCausalLM",
         data=_data(records),
         recipe=_recipe(records),
         # Without a record, the weights may never have been trained so: converted ones were not.
@@ -169,15 +246,30 @@ def write_model_card(
     return missing
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A record as a mapping; an empty one where there is none."""
+def _read(run: Path, name: str) -> dict[str, Any]:
+    """A record of the run, that holds what a card tells of it; an empty one where there is none."""
+    file = run / name
     if not file.is_file():
         return {}
-    text = file.read_text(encoding="utf-8")
-    try:
-        return yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} must hold {file.suffix[1:].upper()}; got {error}") from error
+    record = read_mapping(file)
+    check_fields(record, _FORMS[name], str(file))
+    return record
+
+
+def _evaluated(run: Path, settings: dict[str, Any]) -> bool:
+    """Whether these settings of an evaluation name the run's own model and held-out documents."""
+    if settings.get("data") is None:
+        return False
+    model, data = Path(settings["model"]), Path(settings["data"])
+    if (model.name, data.name) != ("model", "validation.parquet"):
+        return False
+    together = model.parent == data.parent
+    if not model.parent.exists():  # the run was moved since, or was evaluated from another directory
+        return together
+    # Runs that are evaluated together share documents, which are recorded as those of the first.
+    own = run / data.name
+    same = together or (data.is_file() and own.is_file() and filecmp.cmp(data, own))
+    return same and model.parent.samefile(run)
 
 
 def _check_layers(records: RunRecords, config: MoEConfig) -> None:
@@ -192,10 +284,17 @@ def _check_layers(records: RunRecords, config: MoEConfig) -> None:
             )
 
 
-def _auto_class(config: MoEConfig) -> str:
-    """The Auto class that loads the saved model with its head."""
-    saved = (config.architectures or ["MoEForCausalLM"])[0]
-    return next(auto for auto, reference in AUTO_MAP.items() if reference.endswith(f".{saved}"))
+def auto_class(config: MoEConfig, folder: Path) -> str:
+    """The Auto class that loads the model saved in `folder` with its head.
+
+    Raises:
+        ValueError: there is none for its `architectures`.
+    """
+    saved = config.architectures or ["MoEForCausalLM"]
+    known = {AUTO_MAP[auto].rpartition(".")[2]: auto for auto in _PIPELINE_TAGS}
+    if not isinstance(saved, list) or saved[0] not in known:
+        raise ValueError(f"{folder / CONFIG_NAME} architectures must be one of {', '.join(known)}; got {saved}")
+    return known[saved[0]]
 
 
 def _title(name: str) -> str:
@@ -203,12 +302,12 @@ def _title(name: str) -> str:
 
 
 def _metadata(
-    records: RunRecords, auto_class: str, name: str, license: str | None, languages: Sequence[str]
+    records: RunRecords, auto: str, name: str, license: str | None, languages: Sequence[str]
 ) -> ModelCardData:
     hub_datasets = [domain["source"].get("hub") for domain in records.data.values()]
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=_PIPELINE_TAGS[auto_class],
+        pipeline_tag=_PIPELINE_TAGS[auto],
         license=license,
         language=list(languages) or None,
         tags=["mixture-of-experts", "equipoise"],
@@ -237,9 +336,11 @@ def _eval_results(records: RunRecords) -> list[EvalResult]:
 
 
 def _summary(parameters: ParameterCount, config: MoEConfig, records: RunRecords) -> str:
+    dense, sparse = config.first_k_dense_replace, config.num_moe_layers
+    where = "each layer" if not dense else "the last layer" if sparse == 1 else f"each of the last {sparse} layers"
     text = (
         f"A Mixture-of-Experts language model of {_short(parameters.total)} parameters, of which a token goes through "
-        f"{_short(parameters.active)}: {config.num_experts_per_tok} of {config.num_experts} experts in each layer"
+        f"{_short(parameters.active)}: {config.num_experts_per_tok} of {config.num_experts} experts in {where}"
     )
     if records.training:
         domains = len(records.training["domains"])
@@ -334,7 +435,9 @@ def _recipe(records: RunRecords) -> str:
             f"weight decay {settings['weight_decay']:g}, gradient norm at most {settings['max_grad_norm']:g}",
             "learning rate": f"{settings['learning_rate']:g} after {settings['warmup_steps']:,} steps of warm-up, "
             f"{schedule}{falling}",
-            "precision": {"no": "float32", "bf16": "bfloat16 products, float32 weights"}[settings["mixed_precision"]],
+            "precision": {"no": "float32", "bf16": "bfloat16 products, float32 weights"}.get(
+                settings["mixed_precision"]
+            ),
             "seed": f"{settings['seed']}",
             "processes": f"{training['world_size']}, the first on {training['device']}",
             "time": f"{hours:.2f} hours, {training['tokens_per_second']:,.0f} tokens a second",
@@ -348,22 +451,37 @@ def _recipe(records: RunRecords) -> str:
 
 
 def _balancing_fields(config: MoEConfig) -> dict[str, Any]:
-    """The fields of balancing that act; all of them where a schedule may change which do."""
+    """The fields of balancing that act, from the start or by the schedule; the bias's rate as its rule has it."""
     settings = BalancingSettings.of(config)
-    values = {name: value for name, value in vars(settings).items() if value is not None}
-    if settings.balancing_schedule:
-        return values
+    stages = [replace(settings, balancing_schedule=None)]
+    for change in settings.balancing_schedule or []:
+        stages.append(stages[-1].changed(change))
+    acting = set().union(*map(_acting, stages)) | ({"balancing_schedule"} if settings.balancing_schedule else set())
+    values = vars(settings)
+    if settings.bias_update_rate is None:
+        values["bias_update_rate"] = Balancer(num_experts=config.num_experts, biases=list, **values).bias_update_rate
+    return {name: value for name, value in values.items() if name in acting}
+
+
+def _acting(settings: BalancingSettings) -> set[str]:
+    """Names of the fields that act while these settings, which have no schedule, are in force."""
+    names = {"balancing_mode"}
     modes = {settings.balancing_mode, settings.complementary_balancing_mode}
-    idle = set()
     if settings.balancing_mode == "loss_free":
-        idle |= {"router_aux_loss_coef"}
-    else:
-        idle |= {name for name in values if name.startswith("bias_update")}
-    if "global_batch" not in modes:
-        idle |= {"load_estimate"}
-    if settings.complementary_balancing_mode == "none":
-        idle |= {name for name in values if name.startswith("complementary")}
-    return {name: value for name, value in values.items() if name not in idle}
+        names |= {"bias_update_rule", "bias_update_rate", "bias_update_rate_decay"}
+        if settings.bias_update_rule == "tanh_momentum":
+            names |= {"bias_update_kappa", "bias_update_momentum"}
+    elif settings.balancing_mode != "none":
+        names |= {"router_aux_loss_coef"}
+    if settings.complementary_balancing_mode != "none":
+        names |= {"complementary_balancing_mode", "complementary_aux_loss_coef"}
+    if "global_batch" in modes:
+        names |= {"load_estimate"}
+    if settings.router_z_loss_coef > 0:
+        names |= {"router_z_loss_coef"}
+    if modes != {"none"} or settings.router_z_loss_coef > 0:
+        names |= {"balanced_positions"}
+    return names
 
 
 def _balance(records: RunRecords, config: MoEConfig) -> str:
@@ -451,7 +569,12 @@ def _missing(records: RunRecords, run: Path | None, license: str | None, languag
         lines.append("Training, evaluation and analysis: `--run RUN`, the run directory.")
     if run is not None and not records.training:
         lines.append("Training: the run's `training.json`, which it writes when it finishes.")
-    if run is not None and not records.evaluation:
+    if records.other_evaluation:
+        lines.append(
+            "Bits per byte by domain: `evaluation.json` is of another model or other documents than those of the run; "
+            "`python scripts/evaluate_model.py --model RUN` writes it for these."
+        )
+    elif run is not None and not records.evaluation:
         lines.append("Bits per byte by domain: `python scripts/evaluate_model.py --model RUN`.")
     if run is not None and not records.analysis:
         lines.append("Specialisation, and balance on held-out text: `python scripts/analyze.py --run RUN`.")

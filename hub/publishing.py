@@ -1,6 +1,5 @@
 """Publishing: a model with its tokenizer, its code and its card put together in a folder, and pushed to the Hub."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -11,34 +10,16 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration import MoEConfig
 from ..configuration.remote_code import write_remote_code
-from .model_card import write_model_card
+from .companions import copy_companions
+from .model_card import auto_class, write_model_card
+from .reading import check_fields, read_config, read_mapping
 from .shards import Shards, weight_files
 
 _WEIGHTS = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*-of-*.safetensors"]
-# What travels beside the weights: by name, so that nothing else in the folder (optimizers, pickles, secrets) does.
-_BESIDE = (
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "*.model",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
-
 Place = Callable[[Path, Path], None]
 
 
@@ -55,7 +36,7 @@ def find_model(run: Path | None, model: Path | None) -> Path:
 
     Raises:
         ValueError: both or neither are given, the run is not there or not finished, or the folder holds no model of
-            this family, or not all of its weights.
+            this family, a configuration that cannot be read, or not all of its weights.
     """
     if (run is None) == (model is None):
         raise ValueError(f"either --run or --model must be given; got {'neither' if run is None else 'both'}")
@@ -71,11 +52,12 @@ def find_model(run: Path | None, model: Path | None) -> Path:
     assert model is not None
     if not (model / CONFIG_NAME).is_file():
         raise ValueError(f"the model must be a folder with a {CONFIG_NAME}; got {model}")
-    model_type = json.loads((model / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
+    model_type = read_mapping(model / CONFIG_NAME).get("model_type")
     if model_type != MoEConfig.model_type:
         raise ValueError(
             f"model_type must be {MoEConfig.model_type}, other models have push_to_hub; got {model_type} in {model}"
         )
+    auto_class(read_config(MoEConfig, model), model)  # which the card will need
     Shards(model)  # they are all there, and whole
     return model
 
@@ -124,11 +106,10 @@ def assemble(
     """
     for file in weight_files(model):
         place(file, folder / file.name)
-    for pattern in _BESIDE:
-        for file in sorted(model.glob(pattern)):
-            target = folder / file.relative_to(model)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+    for name_beside in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        if (model / name_beside).is_file():
+            shutil.copyfile(model / name_beside, folder / name_beside)
+    copy_companions(model, folder)
     write_remote_code(folder)
     return write_model_card(folder, name=name, run=run, license=license, languages=languages, revision=revision)
 
@@ -235,7 +216,8 @@ def _status(run: Path) -> str:
     file = run / "status.json"
     if not file.is_file():
         return "which has not begun"
-    status = json.loads(file.read_text(encoding="utf-8"))
+    status = read_mapping(file)
+    check_fields(status, {"state": str, "step": int}, str(file))
     return f"which is {status['state']} at step {status['step']}"
 
 

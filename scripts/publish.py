@@ -55,7 +55,7 @@ def main() -> None:
     (arguments,) = parser.parse_args_into_dataclasses()
     try:
         publish(arguments)
-    except (ValueError, PublishingError) as error:
+    except (ValueError, OSError, PublishingError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -19,7 +19,7 @@ from training_runs import ARCHITECTURE
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.configuration import model_size
-from equipoise.hub.model_card import count_parameters, write_model_card
+from equipoise.hub.model_card import _balancing_fields, count_parameters, write_model_card
 from equipoise.modeling import MoEForSequenceClassification
 
 
@@ -56,7 +56,21 @@ def table(card: str, *header: str) -> list[list[str]]:
 
 
 def copy_of(run: Path, folder: Path) -> Path:
-    return shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("checkpoints", ".lock"))
+    """A copy of a run directory, evaluated where it lies now."""
+    copy = shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("checkpoints", ".lock"))
+    edit(copy / "evaluation.json", lambda record: record["settings"].update(evaluated(copy)))
+    return copy
+
+
+def evaluated(run: Path) -> dict[str, str]:
+    """What an evaluation records of the model and the documents, if they are a run's own."""
+    return {"model": str(run / "model"), "data": str(run / "validation.parquet")}
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +86,12 @@ def test_metadata_is_read_back_as_it_was_meant(card: str, finished_run: Path) ->
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "apache-2.0")
     assert (data.language, data.model_name, data.datasets) == (["en"], "mine", None)
     assert "mixture-of-experts" in data.tags
-    evaluated = json.loads((finished_run / "evaluation.json").read_text())["domains"]
+    recorded = json.loads((finished_run / "evaluation.json").read_text())["domains"]
     measured = {(result.dataset_config, result.metric_type): result.metric_value for result in data.eval_results}
     assert measured == {
-        (domain, metric): evaluated[domain][metric]
-        for domain in evaluated
-        for metric in ("bits_per_byte", "perplexity")
+        (domain, metric): recorded[domain][metric] for domain in recorded for metric in ("bits_per_byte", "perplexity")
     }
-    assert set(evaluated) == {"code", "prose", "all"}
+    assert set(recorded) == {"code", "prose", "all"}
 
 
 def test_tables_say_what_the_run_recorded(card: str, finished_run: Path) -> None:
@@ -127,10 +139,76 @@ def test_tables_say_what_the_run_recorded(card: str, finished_run: Path) -> None
 def test_balancing_is_what_the_configuration_says_and_only_what_acts(card: str, tmp_path: Path) -> None:
     (settings,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
     read = yaml.safe_load(settings)
-    assert read["balancing_mode"] == "loss_free"
-    assert "bias_update_rule" in read
-    assert "router_aux_loss_coef" not in read  # no loss acts in this mode
-    assert "load_estimate" not in read
+    assert read == {
+        "balancing_mode": "loss_free",
+        "balanced_positions": "tokens",
+        "bias_update_rule": "sign",
+        "bias_update_rate": 0.001,  # where none is set, the rule's own
+        "bias_update_rate_decay": 1.0,
+    }
+
+
+OF_LOSS = {"balancing_mode", "router_aux_loss_coef", "balanced_positions"}
+OF_BIAS = {"balancing_mode", "balanced_positions", "bias_update_rule", "bias_update_rate", "bias_update_rate_decay"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "acting"),
+    [
+        ({"balancing_mode": "none"}, {"balancing_mode"}),
+        (
+            {"balancing_mode": "none", "router_z_loss_coef": 0.1},
+            {*OF_LOSS, "router_z_loss_coef"} - {"router_aux_loss_coef"},
+        ),
+        ({"balancing_mode": "sequence"}, OF_LOSS),
+        ({"balancing_mode": "global_batch"}, {*OF_LOSS, "load_estimate"}),
+        (
+            {"balancing_mode": "global_batch", "complementary_balancing_mode": "sequence"},
+            {*OF_LOSS, "load_estimate", "complementary_balancing_mode", "complementary_aux_loss_coef"},
+        ),
+        ({"balancing_mode": "loss_free", "bias_update_rule": "quantile"}, OF_BIAS),
+        (
+            {"balancing_mode": "loss_free", "bias_update_rule": "tanh_momentum"},
+            {*OF_BIAS, "bias_update_kappa", "bias_update_momentum"},
+        ),
+        (
+            {"balancing_mode": "none", "balancing_schedule": [{"step": 3, "balancing_mode": "loss_free"}]},
+            {*OF_BIAS, "balancing_schedule"},
+        ),
+    ],
+)
+def test_balancing_shows_the_fields_that_act(
+    tiny_config: Callable[..., MoEConfig], fields: dict[str, Any], acting: set[str]
+) -> None:
+    config = tiny_config(**fields)
+    shown = _balancing_fields(config)
+    assert set(shown) == acting
+    rates = {"sign": 0.001, "tanh_momentum": 0.001, "quantile": 0.2}
+    for name, value in shown.items():
+        assert value == (rates[config.bias_update_rule] if name == "bias_update_rate" else getattr(config, name))
+
+
+def test_p_is_what_the_card_says_it_is(card: str) -> None:
+    said = "`p` is\n(1 + how many of these reach what was measured) / (1 + 20)."
+    assert said in card
+    for row in table(card, "MoE layer", "bits"):
+        reached = float(row[4]) * 21 - 1
+        assert reached == pytest.approx(round(reached), abs=21 * 5e-5)
+        assert 0 <= round(reached) <= 20
+    values = [float(row[4]) for row in table(card, "MoE layer", "bits")]
+    assert all(value >= 1 / 21 - 5e-5 for value in values)
+
+
+@pytest.mark.parametrize(
+    ("dense", "said"),
+    [(0, "in each layer."), (1, "in each of the last 2 layers."), (2, "in the last layer.")],
+)
+def test_the_summary_counts_the_layers_that_have_experts(
+    tiny_config: Callable[..., MoEConfig], tmp_path: Path, dense: int, said: str
+) -> None:
+    MoEForCausalLM(tiny_config(first_k_dense_replace=dense)).save_pretrained(tmp_path)
+    write_model_card(tmp_path, name="user/mine")
+    assert f": 2 of 8 experts {said}" in (tmp_path / "README.md").read_text()
 
 
 def test_pictures_lie_where_the_card_shows_them(finished_run: Path, tmp_path: Path) -> None:
@@ -213,6 +291,34 @@ def test_what_is_missing_is_left_out_and_said(finished_run: Path, tmp_path: Path
     assert "For training from here, by its configuration: No balancing loss: a bias" in alone
     whole = card_of(tmp_path / "whole", run / "model", run=finished_run)
     assert "\nNo balancing loss: a bias" in whole
+
+
+@pytest.mark.parametrize("other", ["data", "model", "run"])
+def test_what_is_said_of_held_out_text_was_measured_on_it(finished_run: Path, tmp_path: Path, other: str) -> None:
+    """`evaluate_model --data TRAINING_TEXT`, or one of another model, must not be told as held-out documents."""
+    run = copy_of(finished_run, tmp_path)
+    changes = {
+        "data": {"data": "training.jsonl"},
+        "model": {"model": str(run / "checkpoints" / "step-00000006" / "model")},
+        "run": evaluated(finished_run),
+    }
+    edit(run / "evaluation.json", lambda record: record["settings"].update(changes[other]))
+    card = card_of(tmp_path / "card", run / "model", run=run)
+    assert "## Evaluation" not in card
+    assert "- The held-out documents come from" not in card
+    assert "`evaluation.json` is of another model or other documents than those of the run" in card
+    assert ModelCard(card).data.eval_results is None
+
+
+def test_a_run_that_was_moved_keeps_its_evaluation(finished_run: Path, tmp_path: Path) -> None:
+    """And one that was evaluated together with another, on the same documents."""
+    run = copy_of(finished_run, tmp_path).rename(tmp_path / "moved")
+    assert "## Evaluation" in card_of(tmp_path / "card", run / "model", run=run)
+    together = evaluated(run) | {"data": evaluated(finished_run)["data"]}
+    edit(run / "evaluation.json", lambda record: record["settings"].update(together))
+    assert "## Evaluation" in card_of(tmp_path / "card", run / "model", run=run)
+    (run / "validation.parquet").write_bytes(b"other documents")
+    assert "## Evaluation" not in card_of(tmp_path / "card", run / "model", run=run)
 
 
 def test_records_of_another_model_are_refused(finished_run: Path, tmp_path: Path) -> None:
@@ -299,11 +405,12 @@ def test_hostile_names_stay_text(
     folder = tmp_path_factory.mktemp("hostile")
     run = folder / "run"
     (run / "analysis").mkdir(parents=True)
-    evaluated = json.loads((finished_run / "evaluation.json").read_text())
-    evaluated["domains"] = {
-        name: evaluated["domains"][domain] for name, domain in ((first, "code"), (second, "prose"), ("all", "all"))
+    measured = json.loads((finished_run / "evaluation.json").read_text())
+    measured["domains"] = {
+        name: measured["domains"][domain] for name, domain in ((first, "code"), (second, "prose"), ("all", "all"))
     }
-    (run / "evaluation.json").write_text(json.dumps(evaluated))
+    measured["settings"] |= evaluated(run)
+    (run / "evaluation.json").write_text(json.dumps(measured))
     data = {
         name: {"source": {"hub": "a/b", "config": source}, "key": "0", "weight": None, "documents": 1, "bytes": 10}
         for name in (first, second)
@@ -326,7 +433,7 @@ def test_hostile_names_stay_text(
     ))]  # fmt: skip
     results = ModelCard(card).data.eval_results
     assert [result.metric_value for result in results] == [
-        value[metric] for value in evaluated["domains"].values() for metric in ("bits_per_byte", "perplexity")
+        value[metric] for value in measured["domains"].values() for metric in ("bits_per_byte", "perplexity")
     ]
     assert all(math.isfinite(result.metric_value) for result in results)
     assert results[0].dataset_config.strip() == shown(first)

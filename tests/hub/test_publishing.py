@@ -88,13 +88,9 @@ def shards(folder: Path) -> dict[str, str]:
 # --- pushed, and loaded by others ---
 
 LOAD = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "equipoise":
-            raise ModuleNotFoundError("No module named 'equipoise'")
-sys.meta_path.insert(0, Blocked())
 import json, torch
+from importlib.util import find_spec
+assert find_spec("equipoise") is None
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 model = AutoModelForCausalLM.from_pretrained("user/mine", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("user/mine", trust_remote_code=True)
@@ -102,18 +98,19 @@ generation = GenerationConfig.from_pretrained("user/mine")
 inputs = tokenizer({text!r}, return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits
-assert "equipoise" not in sys.modules
 print(json.dumps([type(model).__module__, inputs["input_ids"].tolist(), logits.tolist(), generation.eos_token_id]))
 """
 
 
-def test_what_was_pushed_is_loaded_without_equipoise(run: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_what_was_pushed_is_loaded_without_equipoise(
+    run: Path, hub: HubServer, bare_python: Path, tmp_path: Path
+) -> None:
     said = publish("--run", run, "--repo", "user/mine", "--license", "apache-2.0", "--languages", "en")
     assert hub.url in said
     home = tmp_path / "home"
     home.mkdir()
     done = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD.format(text=TEXT)],
+        [str(bare_python), "-I", "-c", LOAD.format(text=TEXT)],
         env=os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -464,6 +461,53 @@ def test_what_cannot_be_published_is_said_before_anything_is_sent(
     places = {"run": run, "stopped": stopped, "cut": cut, "stock": stock}
     with pytest.raises(SystemExit, match=f"^error: {reason}"):
         publish(*(argument.format(**places) for argument in arguments))
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "reason"),
+    [
+        (
+            "model/config.json",
+            ["architectures"],
+            ["MyMoE"],
+            r"architectures must be one of MoEForCausalLM, .*; got \['MyMoE'\]",
+        ),
+        ("model/config.json", ["architectures"], 3, ".*architectures.*"),
+        ("model/config.json", ["hidden_size"], "16", "must be of equipoise_moe; got .*'hidden_size'.*"),
+        ("model/config.json", ["id2label"], 3, "must be of equipoise_moe; got .*"),
+        ("model/config.json", [], [1], r"must hold a mapping; got \[1\]"),
+        ("evaluation.json", [], [1], r"must hold a mapping; got \[1\]"),
+        ("evaluation.json", ["domains"], None, "domains must be a mapping; got None"),
+        (
+            "evaluation.json",
+            ["domains", "code"],
+            {"perplexity": 2.0},
+            "domains code must hold bits_per_byte; got none",
+        ),
+        ("analysis/analysis.json", ["mean_over_layers"], {}, "mean_over_layers must hold mutual_.*_bits; got none"),
+        ("analysis/analysis.json", ["layers"], [{}, {}], r"layers\[0\] must hold layer; got none"),
+        ("analysis/analysis.json", ["layers"], {}, r"layers must be a list; got {}"),
+        ("training.json", ["steps"], "12", "steps must be a whole number; got 12"),
+        ("training.json", [], {}, "must hold world_size; got none"),
+        ("data.json", ["code"], {}, "code must hold source; got none"),
+        ("settings.yaml", [], {}, "must hold block_size; got none"),
+    ],
+)
+def test_a_file_of_the_run_that_is_wrong_is_named_in_one_line(
+    run: Path, hub: HubServer, tmp_path: Path, file: str, field: list[str], value: Any, reason: str
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    record = json.loads((copy / file).read_text()) if field else value
+    at = record
+    for name in field[:-1]:
+        at = at[name]
+    if field:
+        at[field[-1]] = value
+    (copy / file).write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=f"^error: {copy / file} {reason}$") as stopped:
+        publish("--run", copy, "--repo", "user/mine")
+    assert "\n" not in str(stopped.value.code)
     assert hub.requests == []
 
 
