@@ -1,6 +1,6 @@
 """Converts a saved Qwen3-MoE, Mixtral or GLM-4-MoE model to MoEForCausalLM, or back, with the same logits.
 
-python scripts/convert.py --model Qwen3-30B-A3B --output qwen3-equipoise
+python scripts/convert.py --model models/qwen3-30b-a3b --output models/qwen3-equipoise
 python scripts/convert.py --model runs/small/model --output small-qwen3 --to qwen3_moe
 """
 
@@ -17,7 +17,7 @@ from equipoise.hub.conversion import Dtype, Target
 
 @dataclass
 class ConversionArguments:
-    model: str = field(metadata={"help": "The model's folder, with safetensors weights."})
+    model: str = field(metadata={"help": "The model's folder, with safetensors weights; no name on the Hub."})
     output: str = field(metadata={"help": "The folder to write; new or empty."})
     to: Target = field(
         default="equipoise", metadata={"help": "The class to convert to: ours, or a stock one from ours."}

@@ -1,6 +1,6 @@
 """Makes a Mixture-of-Experts model of a saved Llama, Qwen2 or Qwen3 model, with the same logits to begin with.
 
-python scripts/upcycle.py --model Qwen3-0.6B --output qwen3-8x0.6b --num_experts 8 --num_experts_per_tok 2
+python scripts/upcycle.py --model models/qwen3-0.6b --output models/qwen3-8x --num_experts 8 --num_experts_per_tok 2
 """
 
 import sys
@@ -16,7 +16,7 @@ from equipoise.hub.conversion import Dtype
 
 @dataclass
 class UpcyclingArguments:
-    model: str = field(metadata={"help": "The dense model's folder, with safetensors weights."})
+    model: str = field(metadata={"help": "The dense model's folder, with safetensors weights; no name on the Hub."})
     output: str = field(metadata={"help": "The folder to write; new or empty."})
     num_experts: int = field(metadata={"help": "Routed experts."})
     num_experts_per_tok: int = field(metadata={"help": "Experts selected for each token."})
