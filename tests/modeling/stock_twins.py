@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeForCausalLM
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
@@ -30,7 +31,7 @@ def glm4_moe(ours: MoEForCausalLM) -> Glm4MoeForCausalLM:
     return stock.eval()
 
 
-def qwen3_moe(ours: nn.Module, stock_class: type) -> nn.Module:
+def qwen3_moe(ours: PreTrainedModel, stock_class: type) -> nn.Module:
     """A model of Qwen3-MoE, in evaluation, with the weights of one that routes by softmax without shared experts."""
     config = Qwen3MoeConfig(**shared_fields(ours.config, Qwen3MoeConfig), num_experts=ours.config.num_experts)
     stock = stock_class(config)
