@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal
 from unittest.mock import patch
 from weakref import finalize
