@@ -1,4 +1,4 @@
-"""From and to the Hub: conversion, upcycling, the model card, publishing, and what a preset needs of memory."""
+"""From and to the Hub: conversion, upcycling, the model card, publishing."""
 
 from .conversion import convert
 from .model_card import write_model_card
