@@ -57,8 +57,8 @@ def test_interval_of_a_ratio_has_the_delta_methods_width() -> None:
 def test_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     """Coverage over 300 simulated test sets of 6 questions on each of 20 passages, in which passages differ.
 
-    With a correlation of 1/2 within a passage, the interval of 120 independent questions would be 1 / sqrt(3.5) as wide
-    as it must be, and hold 70% of the time: that is what clusters are for.
+    With a correlation of 1/2 within a passage, the interval of 120 independent questions is 1 / sqrt(3.5) as wide
+    as it must be, and holds 70% of the time: that is what clusters are for.
     """
     generator = np.random.default_rng(4)
     held = alone = 0
