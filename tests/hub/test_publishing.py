@@ -122,7 +122,8 @@ def test_what_was_pushed_is_loaded_without_equipoise(
     assert module.startswith("transformers_modules.user.mine.")
     expected_ids, expected = logits_of(run / "model")
     assert input_ids == expected_ids.tolist()
-    assert torch.equal(torch.tensor(logits), expected)
+    # It has one thread, this process as many as it likes: products round otherwise.
+    torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=1e-5)
     assert eos_token_id == GenerationConfig.from_pretrained(run / "model").eos_token_id
     # The stranger had no token, and storage, another host, is never told one.
     assert {request.token for request in hub.asked("GET", "resolve|storage")} == {None}
