@@ -7,6 +7,7 @@ from .embedded_corpus import build_embedded_corpus
 from .encoding import IGNORE_INDEX
 from .files import write_json, write_whole
 from .micro_batches import MicroBatches, PackedCorpus, pack
+from .task_items import gather_task_items
 from .tokenizer import load_tokenizer, train_tokenizer
 from .windows import evaluation_windows, padded_batches
 
@@ -20,6 +21,7 @@ __all__ = [
     "build_embedded_corpus",
     "description_differences",
     "evaluation_windows",
+    "gather_task_items",
     "load_tokenizer",
     "open_corpus",
     "pack",

@@ -1,7 +1,7 @@
 """Questions and answers of reasoning-gym, written in a process of their own, so that none can stall the caller.
 
-Run as a script, this file is that process: it answers lines of `generator index` with a line of JSON each. It imports
-nothing of the package, so it starts fast.
+Run as a script, this file is that process: it answers lines of `generator index`, or `generator index entry`, with a
+line of JSON each. It imports nothing of the package, so it starts fast.
 """
 
 import json
@@ -11,6 +11,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,22 @@ class ItemWriter:
         """A generator's questions with their answers, up to the first that takes too long or fails."""
         for index in range(self.size):
             item = self._ask(name, index)
-            if item is None:
+            if item is None or "question" not in item:
                 self.stalled[name] = index
                 logger.warning("the generator %s gave no item %d; going on without it", name, index)
                 return
             yield f"{item['question'].strip()}\n\nAnswer: {item['answer']}\n"
+
+    def entries(self, name: str) -> Iterator[dict[str, Any]]:
+        """A generator's entries, as its scorer reads them; without those that, through JSON, fail their own scorer."""
+        for index in range(self.size):
+            item = self._ask(name, index, "entry")
+            if item is None:
+                self.stalled[name] = index
+                logger.warning("the generator %s gave no item %d; going on without it", name, index)
+                return
+            if item.get("score") == 1:
+                yield item["entry"]
 
     def close(self) -> None:
         """Ends the process."""
@@ -59,20 +71,20 @@ class ItemWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, name: str, index: int) -> dict[str, str] | None:
+    def _ask(self, name: str, index: int, *wanted: str) -> dict[str, Any] | None:
         if self._process is None:
             self._start()
         process = self._process
         assert process is not None
         assert process.stdin is not None
-        process.stdin.write(f"{name} {index}\n".encode())
+        process.stdin.write(" ".join([name, str(index), *wanted, "\n"]).encode())
         process.stdin.flush()
         answer = self._answer(process)
         if answer is None:
             self.close()
-        return answer if answer and "question" in answer else None
+        return answer
 
-    def _answer(self, process: subprocess.Popen[bytes]) -> dict[str, str] | None:
+    def _answer(self, process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], self.longest_seconds)
         # The process writes whole lines and waits for the next question, so a line that has begun soon ends.
@@ -110,12 +122,16 @@ def _serve(arguments: Sequence[str]) -> None:
     print(json.dumps({"version": found}), file=answers, flush=True)
     datasets = {}
     for line in sys.stdin:
-        name, index = line.split()
+        name, index, *wanted = line.split()
         try:
             if name not in datasets:
                 datasets[name] = reasoning_gym.create_dataset(name, seed=seed, size=size)
             item = datasets[name][int(index)]
-            answer = {"question": str(item["question"]), "answer": str(item["answer"])}
+            answer: dict[str, Any] = {"question": str(item["question"]), "answer": str(item["answer"])}
+            if wanted:
+                entry = json.loads(json.dumps(item))
+                score = reasoning_gym.get_score_answer_fn(name)(entry["answer"], entry)
+                answer = {"entry": entry, "score": float(score)}
         except Exception as error:  # whatever it is, the other generators go on
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)

