@@ -74,13 +74,17 @@ def evaluation_windows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, b
     )
 
 
-def padded_batches(windows: Dataset, batch_size: int, description: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+def padded_batches(
+    windows: Dataset, batch_size: int, description: str, part: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Windows of like length together, so that little is padding; the longest first, so that memory only falls.
 
     Args:
         windows: From `evaluation_windows`.
         batch_size: Windows in a batch, at least 1.
         description: Stands before the progress bar, which counts tokens.
+        part: This process and how many there are, which take turns at the batches: the batches are the same for any
+            number of processes. The first shows the bar.
 
     Yields:
         The rows of the batch `[B]`, and `input_ids`, `labels` and `attention_mask` `[B, T]`, padded on the right.
@@ -95,8 +99,11 @@ def padded_batches(windows: Dataset, batch_size: int, description: str) -> Itera
     windows = windows.select_columns(["input_ids", "labels"]).with_format("torch")
     lengths = torch.tensor([len(ids) for ids in windows["input_ids"]])
     order = lengths.argsort(descending=True, stable=True)
-    with tqdm(total=int(lengths.sum()), desc=description, unit="token", unit_scale=True, disable=None) as progress:
-        for rows in order.split(batch_size):
+    batches = order.split(batch_size)[part[0] :: part[1]]
+    total = sum(int(lengths[rows].sum()) for rows in batches)
+    hidden = True if part[0] else None
+    with tqdm(total=total, desc=description, unit="token", unit_scale=True, disable=hidden) as progress:
+        for rows in batches:
             batch = windows[rows.tolist()]
             input_ids = pad_sequence(batch["input_ids"], batch_first=True)
             labels = pad_sequence(batch["labels"], batch_first=True, padding_value=IGNORE_INDEX)

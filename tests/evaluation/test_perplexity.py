@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from equipoise import MoEForCausalLM
 from equipoise.evaluation import evaluate_domains
-from equipoise.evaluation.perplexity import sequence_nll
+from equipoise.evaluation.perplexity import measure_documents, sequence_nll
 
 BLOCK_SIZE = 24
 
@@ -60,6 +60,22 @@ def test_batch_size_changes_nothing(
     for other in results[1:]:
         for domain in results[0]:
             assert other[domain] == pytest.approx(results[0][domain], rel=1e-6)
+
+
+def test_documents_are_what_intervals_rest_on(
+    model: MoEForCausalLM, tokenizer: PreTrainedTokenizerBase, documents: Dataset
+) -> None:
+    """Windows of one document are not independent: there are as many clusters as documents, and no more."""
+    measures = measure_documents(model, tokenizer, documents, block_size=BLOCK_SIZE, batch_size=5)
+    results, scores = measures.by_domain(), measures.scores()
+    assert list(scores) == list(results)
+    for domain, found in scores.items():
+        assert found.score == pytest.approx(results[domain]["bits_per_byte"], rel=1e-12)
+        of_domain = [row for row in documents if domain in (row["domain"], "all")]
+        assert len(set(found.clusters)) == len(of_domain)
+        _, sizes = found.by_cluster()
+        assert sorted(sizes) == sorted(len(row["text"].encode()) for row in of_domain)
+    assert len(scores["all"].values) > len(documents)
 
 
 @pytest.mark.parametrize("training", [True, False])
