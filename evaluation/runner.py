@@ -43,6 +43,8 @@ class Plan:
     tasks: list[tuple[Task, list[Item]]]
     left_out: dict[str, str] = field(default_factory=dict)
     """Domain -> why it has no continuation items."""
+    continuation_bytes: int = 0
+    """Most bytes of a choice of `continuation`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def plan_evaluation(
     data: Mapping[str, Path] | None = None,
     allow_code_execution: bool = False,
     limit: int | None = None,
+    max_length: int | None = None,
     continuation_items_per_domain: int = 100,
     seed: int = 0,
 ) -> Plan:
@@ -71,6 +74,8 @@ def plan_evaluation(
         data: Task name -> local rows instead of its source (see `load_rows`).
         allow_code_execution: Whether tasks may run programs that the model writes.
         limit: At most so many items of each task, drawn by `seed`.
+        max_length: The fewest tokens that a model reads at once: a choice of `continuation` has 96 bytes, but at most
+            half as many as that, so that whatever the tokenizer there is room for a context.
         continuation_items_per_domain: At most so many items of `continuation` in each domain.
         seed: Draws items and shots.
 
@@ -83,6 +88,7 @@ def plan_evaluation(
     data = dict(data or {})
     tasks: list[tuple[Task, list[Item]]] = []
     left_out: dict[str, str] = {}
+    continuation_bytes = 96 if max_length is None else min(96, max(1, max_length // 2))
     read = [CONTINUATION if name == CONTINUATION.name else find_task(name) for name in dict.fromkeys(names)]
     if unknown := sorted(set(data) - {task.name for task in read if task is not CONTINUATION}):
         raise ValueError(f"task_data must name tasks that are asked; got {unknown[0]}")
@@ -96,12 +102,17 @@ def plan_evaluation(
         if task is CONTINUATION:
             if documents is None:
                 raise ValueError("the task continuation must have held-out documents (--data); got none")
-            items, left_out = continuation_items(documents, items_per_domain=continuation_items_per_domain, seed=seed)
+            items, left_out = continuation_items(
+                documents,
+                items_per_domain=continuation_items_per_domain,
+                continuation_bytes=continuation_bytes,
+                seed=seed,
+            )
         else:
             items = make_items(task, *load_rows(task, data.get(task.name)), limit=limit, seed=seed)
         if items:
             tasks.append((task, items))
-    return Plan(documents, tasks, left_out)
+    return Plan(documents, tasks, left_out, continuation_bytes)
 
 
 def plan_tokens(
@@ -173,7 +184,9 @@ def report(plan: Plan, measures: ModelMeasures, *, seed: int = 0) -> dict[str, A
             "metric": task.metric,
             "score": task.shown_score,
             "shots": task.shots.number,
-            "source": task.source.described(),
+            "source": task.source.described()
+            if task is not CONTINUATION
+            else {"held_out_documents": True, "continuation_bytes": plan.continuation_bytes},
             "truncated": result.truncated,
             **result.notes,
             "domains": {

@@ -125,22 +125,22 @@ def evaluate_models(arguments: EvaluationArguments) -> None:
     candidates = find_models(arguments.model)
     data, documents = find_documents(arguments, candidates)
     find_outputs(arguments, candidates)
+    loaded = [load_tokenizer(candidate, arguments.block_size) for candidate in candidates]
     plan = plan_evaluation(
         arguments.tasks,
         documents,
         data=task_paths(arguments.task_data),
         allow_code_execution=arguments.allow_code_execution or not candidates,
         limit=arguments.limit,
+        max_length=min((max_length for _, _, max_length in loaded), default=None),
         continuation_items_per_domain=arguments.limit or 100,
         seed=arguments.seed,
     )
     # Whatever does not fit is found before the first model is loaded.
-    prepared = []
-    for candidate in candidates:
-        tokenizer, block_size, max_length = load_tokenizer(candidate, arguments.block_size)
-        tokens = plan_tokens(plan, tokenizer, max_length=max_length, add_bos_token=arguments.add_bos_token)
-        prepared.append((tokenizer, block_size, max_length, tokens))
-
+    tokens = [
+        plan_tokens(plan, tokenizer, max_length=max_length, add_bos_token=arguments.add_bos_token)
+        for tokenizer, _, max_length in loaded
+    ]
     state = this_process()
     if arguments.export_lm_eval is not None and state.is_main_process:
         names = export_to_harness(plan.tasks, arguments.export_lm_eval)
@@ -148,13 +148,13 @@ def evaluate_models(arguments: EvaluationArguments) -> None:
 
     measured: list[ModelMeasures] = []
     settings: dict[str, dict[str, Any]] = {}
-    for candidate, (tokenizer, block_size, max_length, tokens) in zip(candidates, prepared, strict=True):
+    for candidate, (tokenizer, block_size, max_length), of_model in zip(candidates, loaded, tokens, strict=True):
         model = AutoModelForCausalLM.from_pretrained(candidate.path).to(state.device)
         measures = measure_model(
             model,
             tokenizer,
             plan,
-            tokens,
+            of_model,
             block_size=block_size,
             batch_size=arguments.batch_size,
             allow_code_execution=arguments.allow_code_execution,

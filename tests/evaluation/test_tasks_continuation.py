@@ -10,8 +10,9 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
-from equipoise.evaluation import continuation_items
+from equipoise.evaluation import continuation_items, plan_evaluation, plan_tokens
 from equipoise.evaluation.continuations import FEWEST_ITEMS
 
 WORDS = ["law", "übel", "数字", "f(x)", "\n\n", "🙂", "a" * 40, "\t", "and", "12"]
@@ -132,6 +133,19 @@ def test_another_process_draws_the_same() -> None:
     ).stdout
     assert printed.strip() == drawn()
     assert len(printed) > 1000
+
+
+@pytest.mark.parametrize("max_length", [20, 70, 1000])
+def test_choices_leave_room_for_a_context(max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model that reads little is asked for less, in bytes: models with other tokenizers are asked the same."""
+    rows = made_documents([900] * 8)
+    plan = plan_evaluation(["continuation"], Dataset.from_list(rows), max_length=max_length)
+    assert plan.continuation_bytes == min(96, max_length // 2)
+    (requests,) = plan_tokens(plan, tokenizer, max_length=max_length)
+    assert len(requests) == 100
+    for request in requests:
+        assert request.length <= max_length
+        assert len(request.context) >= max_length // 4 or not request.truncated
 
 
 @pytest.mark.parametrize("name", ["items_per_domain", "context_bytes", "continuation_bytes"])
