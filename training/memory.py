@@ -208,12 +208,12 @@ class _Layout:
         if training.sharding == "hsdp":
             return [sharding_mesh("cpu", training.shard_size or 8)]
         size = training.expert_parallel_size
-        if AllToAllEP is None:
-            raise ValueError(f"expert_parallel_size must be 1 with a Transformers before 5.23; got {size}")
         if self.processes % size:
             raise ValueError(
                 f"expert_parallel_size must divide the number of processes ({self.processes}); got {size}"
             )
+        if AllToAllEP is None:
+            raise ValueError(f"expert_parallel_size must be 1 with a Transformers before 5.23; got {size}")
         everyone = init_device_mesh("cpu", (self.processes, 1), mesh_dim_names=("fsdp", "tp"))
         by_expert = init_device_mesh("cpu", (self.processes // size, size), mesh_dim_names=("efsdp", "ep"))
         return [everyone["fsdp"], everyone["tp"], by_expert["efsdp"], by_expert["ep"]]
@@ -236,7 +236,7 @@ class _Layout:
     def complete(self, memory: StepMemory, parameters: int) -> StepMemory:
         """With what is there once for all layers: DDP's buckets, or all that DeepSpeed keeps.
 
-        DeepSpeed as in its 0.18: bf16_optimizer.py (stage 1), stage_1_and_2.py and stage3.py with
+        DeepSpeed as in its 0.19.6: bf16_optimizer.py (stage 1), stage_1_and_2.py and stage3.py with
         `grad_accum_dtype: fp32`, as `configure_zero` sets it.
         """
         share, bucket = -(-parameters // self.processes), 2 * min(parameters, _ZERO_BUCKET)

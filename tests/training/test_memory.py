@@ -1,5 +1,7 @@
 """The memory estimate, against what training really allocates."""
 
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from launched import launched
 from torch._C._profiler import _EventType
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
-from training_runs import settings, written
+from training_runs import ROOT, settings, written
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from equipoise import MoEConfig, MoEForCausalLM
@@ -218,3 +220,25 @@ def test_sizes_must_fit_the_processes() -> None:
         step_memory(MoEConfig(**ARCHITECTURE), 16, TrainingSettings(expert_parallel_size=3), 8)
     with pytest.raises(ValueError, match=r"shard_size must divide the number of processes \(8\); got 3"):
         step_memory(MoEConfig(**ARCHITECTURE), 16, TrainingSettings(sharding="hsdp", shard_size=3), 8)
+
+
+def test_the_script_prints_every_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "estimate_memory.py"))
+    small = settings(tmp_path, tmp_path / "run", config_overrides=ARCHITECTURE | {"num_hidden_layers": 2})
+    flags = [written(tmp_path, small | {"mixed_precision": "bf16", "sharding": "fsdp"})]
+    monkeypatch.setattr(sys, "argv", ["estimate_memory.py", "--processes", "2", *flags, "--gradient_checkpointing"])
+    script["main"]()
+    model, data, training = parse_run_settings([*flags, "--gradient_checkpointing"])
+    as_set = step_memory(read_config(model), data.block_size, training, 2)
+    printed = capsys.readouterr().out.splitlines()
+    rows = {line[:38].strip(): line[38:].split() for line in printed[2 : printed.index("", 3)]}
+    assert rows["as set"] == rows["FSDP2, layers computed again"]
+    parts = [*vars(as_set).values(), as_set.total]
+    assert rows["as set"] == [*(f"{part / 1e9:.2f}" for part in parts), "80", "GB"]
+    assert {"DDP", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3"} <= set(rows)
+
+    monkeypatch.setattr(sys, "argv", ["estimate_memory.py", "--processes", "3", *flags, "--global_batch_size", "4"])
+    with pytest.raises(SystemExit, match="error: global_batch_size must give each process as many micro-batches"):
+        script["main"]()
