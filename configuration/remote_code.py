@@ -62,6 +62,7 @@ def write_remote_code(folder: Path) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
+    # As `data.write_whole`, which this file cannot import: it travels too.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -11,6 +11,9 @@ from ..balancing import Balancer
 def follow(balancer: Balancer, optimizer: Any) -> RemovableHandle:
     """Call `balancer.after_optimizer_step()` after each step of an optimizer, so that the loop need not.
 
+    For a Balancer that was made without `parameters`. With them, as `MoEForCausalLM` makes its own, it follows by
+    itself.
+
     A step that a gradient scaler skips moves no bias. A *fused* optimizer is called on such a step too, and says so
     in its `found_inf`, which is then read. An *unfused* one is not called at all, so that nothing here can know: a
     loop with `torch.amp.GradScaler` and an unfused optimizer calls `balancer.after_optimizer_step(skipped=True)`

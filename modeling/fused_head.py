@@ -49,6 +49,9 @@ def balanced(model: Any, replacement: Any) -> Any:
     Args:
         model: the causal language model.
         replacement: returned as it is unless it has a fused LM head.
+
+    Raises:
+        ValueError: in its forward pass, when another coefficient than the model's own was put into its configuration.
     """
     if (
         not isinstance(replacement, MethodType)
