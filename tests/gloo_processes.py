@@ -1,6 +1,7 @@
 """Real gloo processes for tests, in a module whose name nothing shares: what they run is found by it."""
 
 import io
+import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -14,6 +15,8 @@ import torch.multiprocessing as mp
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     """A gloo process: runs what comes through the pipe, until it closes."""
+    # Left unset, Accelerate would give a process alone other threads than one of three, and products other roundings.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
