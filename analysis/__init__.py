@@ -1,10 +1,14 @@
-"""What the experts do: routing traces by domain, their statistics, and the pictures."""
+"""What the experts do: routing traces by domain, their statistics, and the report."""
 
-from .figures import save_figure
+from .comparison import comparable
+from .health import Finding, examine
 from .load_history import LoadHistory
-from .report import analyse, write_report
+from .measurement import Measurement, MeasurementSettings, Measurer, RunInput
+from .report import analyse, write_files
 from .routing_trace import RoutingTrace, trace_routing
+from .run_record import RunRecord
 from .specialisation import (
+    domain_divergence,
     load_by_domain,
     measure_balance,
     measure_specialisation,
@@ -12,21 +16,26 @@ from .specialisation import (
     normalised_mutual_information,
     permutation_null,
 )
-from .training_curves import read_metrics, training_figure
 
 __all__ = [
+    "Finding",
     "LoadHistory",
+    "Measurement",
+    "MeasurementSettings",
+    "Measurer",
     "RoutingTrace",
+    "RunInput",
+    "RunRecord",
     "analyse",
+    "comparable",
+    "domain_divergence",
+    "examine",
     "load_by_domain",
     "measure_balance",
     "measure_specialisation",
     "mutual_information",
     "normalised_mutual_information",
     "permutation_null",
-    "read_metrics",
-    "save_figure",
     "trace_routing",
-    "training_figure",
-    "write_report",
+    "write_files",
 ]

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..balancing import dead_experts, max_vio
 from ..data import write_whole
 from .load_history import LoadHistory
+from .ordering import expert_order
 
 # Figures are made without pyplot: no backend to choose, no global state, and nothing to close.
 DPI = 130
@@ -68,20 +69,6 @@ def specialisation_figure(shares: Tensor, domains: Sequence[str], titles: Sequen
     return figure
 
 
-def expert_order(shares: Tensor) -> Tensor:
-    """Order of one layer's experts: by the domain that uses each most, then by that share; unused experts last.
-
-    Args:
-        shares: `[G, E]`.
-
-    Returns:
-        `[E]` int64, expert numbers.
-    """
-    largest, domain = shares.max(0)
-    domain = domain.masked_fill(largest == 0, len(shares))
-    return torch.from_numpy(np.lexsort((-largest.numpy(), domain.numpy())))
-
-
 def load_figure(history: LoadHistory) -> Figure:
     """Load over training: MaxVio of the global batch and of its micro-batches, dead experts, and each expert's load.
 
@@ -101,8 +88,8 @@ def load_figure(history: LoadHistory) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes the figure as PNG, whole or not at all."""
-    write_whole(path, lambda file: figure.savefig(file, format="png"))
+    """Writes the figure, whole or not at all: as PNG or, where the name ends so, as SVG."""
+    write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:]))
 
 
 def _draw_curves(figure: SubFigure, history: LoadHistory) -> None:
@@ -143,7 +130,8 @@ def _draw_images(figure: SubFigure, history: LoadHistory, rows: int, columns: in
             continue
         order = history.load[:, layer].sum(0).argsort(descending=True, stable=True)
         image = relative[:, layer, order].T.numpy()
-        axis.pcolormesh(edges, np.arange(num_experts + 1), image, norm=norm, cmap="RdBu_r")
+        # As pixels in an SVG too: a cell for each expert at each step would be many thousands of shapes.
+        axis.pcolormesh(edges, np.arange(num_experts + 1), image, norm=norm, cmap="RdBu_r", rasterized=True)
         axis.set_title(f"layer {layer}", fontsize=8.5)
         axis.invert_yaxis()
         axis.set_yticks([])

@@ -4,8 +4,10 @@ Shapes: B sequences, T positions, L MoE layers, E experts, K experts per token; 
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from datasets import Dataset
@@ -50,7 +52,38 @@ class RoutingTrace:
             return cls(**tensors, domains=tuple(json.loads(file.metadata()["domains"])))
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class RoutedBatch:
+    """What one forward pass over some windows routed, on the model's device."""
+
+    rows: Tensor
+    """`[B]` int64, on the CPU: which windows these are."""
+    input_ids: Tensor
+    """`[B, T]`"""
+    mask: Tensor
+    """`[B, T]`, true for tokens."""
+    router_logits: tuple[Tensor, ...]
+    """L of `[B*T, E]`."""
+    selected_experts: tuple[Tensor, ...]
+    """L of int64 `[B*T, K]`."""
+    scoring_func: str
+    """`softmax` or `sigmoid`."""
+
+    def scores(self, layer: int) -> Tensor:
+        """One layer's scores over their sum: `[B*T, E]`, rows sum to 1; without what the selection bias adds."""
+        logits = self.router_logits[layer].float()
+        if self.scoring_func == "softmax":
+            return logits.softmax(-1)
+        scores = logits.sigmoid()
+        return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+
+
+class Observer(Protocol):
+    """Sees every batch of a trace once, and keeps of it what it counts."""
+
+    def observe(self, batch: RoutedBatch) -> None: ...
+
+
 def trace_routing(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -70,33 +103,34 @@ def trace_routing(
     Raises:
         ValueError: `documents` hold no text, a size is too small, or the model reports no selected experts.
     """
-    windows = evaluation_windows(documents, tokenizer, block_size)
+    return trace_windows(model, evaluation_windows(documents, tokenizer, block_size), batch_size=batch_size)
+
+
+def trace_windows(
+    model: PreTrainedModel,
+    windows: Dataset,
+    *,
+    batch_size: int = 16,
+    observers: Sequence[Observer] = (),
+    description: str = "tracing",
+) -> RoutingTrace:
+    """`trace_routing` of windows from `evaluation_windows`, with others who look on in the same pass.
+
+    Raises:
+        ValueError: as there.
+    """
     names = windows["domain"][:]
     domains = sorted(set(names))
     load: Tensor | None = None
     num_tokens = torch.zeros(len(windows), dtype=torch.int64)
-    was_training = model.training
-    model.eval()
-    try:
-        for rows, batch in padded_batches(windows, batch_size, "tracing"):
-            mask = batch["attention_mask"].to(model.device)
-            output = model(
-                input_ids=batch["input_ids"].to(model.device),
-                attention_mask=mask,
-                output_router_logits=True,
-                use_cache=False,
-                logits_to_keep=1,  # the routing is all that is read
-            )
-            selected = getattr(output, "selected_experts", None)
-            if not selected:
-                raise ValueError(f"model must return selected_experts; got none from {type(model).__name__}")
-            counts = window_load(selected, model.config.num_experts, mask.bool()).int().cpu()
-            if load is None:
-                load = torch.zeros(len(windows), *counts.shape[1:], dtype=torch.int32)
-            load[rows] = counts
-            num_tokens[rows] = batch["attention_mask"].sum(-1)
-    finally:
-        model.train(was_training)
+    for batch in routed_batches(model, windows, batch_size=batch_size, description=description):
+        counts = window_load(batch.selected_experts, model.config.num_experts, batch.mask).int().cpu()
+        if load is None:
+            load = torch.zeros(len(windows), *counts.shape[1:], dtype=torch.int32)
+        load[batch.rows] = counts
+        num_tokens[batch.rows] = batch.mask.sum(-1).cpu()
+        for observer in observers:
+            observer.observe(batch)
 
     assert load is not None
     index = {name: position for position, name in enumerate(domains)}
@@ -107,6 +141,42 @@ def trace_routing(
         document=torch.tensor(windows["document"][:]),
         domains=tuple(domains),
     )
+
+
+@torch.no_grad()
+def routed_batches(
+    model: PreTrainedModel, windows: Dataset, *, batch_size: int = 16, description: str = "tracing"
+) -> Iterator[RoutedBatch]:
+    """Runs `model` over windows in evaluation mode, and yields what each batch routed.
+
+    Raises:
+        ValueError: there are no windows, `batch_size` is too small, or the model reports no selected experts.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        for rows, batch in padded_batches(windows, batch_size, description):
+            input_ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+            output = model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                output_router_logits=True,
+                use_cache=False,
+                logits_to_keep=1,  # the routing is all that is read
+            )
+            selected = getattr(output, "selected_experts", None)
+            if not selected:
+                raise ValueError(f"model must return selected_experts; got none from {type(model).__name__}")
+            yield RoutedBatch(
+                rows=rows,
+                input_ids=input_ids,
+                mask=mask.bool(),
+                router_logits=output.router_logits,
+                selected_experts=selected,
+                scoring_func=model.config.scoring_func,
+            )
+    finally:
+        model.train(was_training)
 
 
 def window_load(selected_experts: tuple[Tensor, ...], num_experts: int, real: Tensor) -> Tensor:

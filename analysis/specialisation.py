@@ -1,6 +1,7 @@
 """How far experts specialise by domain, and how evenly they are loaded: statistics of a routing trace.
 
 Shapes: W windows, U documents, L MoE layers, E experts, K experts per token; G domains, P permutations.
+See `token_counts` for what token identity alone explains.
 
 Every domain weighs the same in the measures of specialisation, however much held-out text it has: what is compared
 is how the router treats each domain, and the figure of a run then does not move when a domain is given more text.
@@ -28,6 +29,10 @@ class Specialisation:
     """`[L]` mutual information / min(H(domain), H(expert)), from 0 to 1."""
     null_bits: Tensor
     """`[P, L]` mutual information in bits under each permutation of the domain labels."""
+    standard_error: Tensor
+    """`[L]` of `bits`, from leaving out one document at a time; NaN where a domain has a single document."""
+    standard_error_of_mean: Tensor
+    """Scalar: the same of the mean over layers, whose errors are not independent."""
 
     @property
     def null_mean(self) -> Tensor:
@@ -52,6 +57,8 @@ class Specialisation:
             bits=self.bits.mean(0, keepdim=True),
             normalised=self.normalised.mean(0, keepdim=True),
             null_bits=self.null_bits.mean(1, keepdim=True),
+            standard_error=self.standard_error_of_mean[None],
+            standard_error_of_mean=self.standard_error_of_mean,
         )
 
 
@@ -125,13 +132,57 @@ def permutation_null(trace: RoutingTrace, *, permutations: int = 1000, seed: int
     return torch.stack(null)
 
 
+def jackknife(trace: RoutingTrace) -> tuple[Tensor, Tensor]:
+    """Standard error of the mutual information over the documents that happened to be held out: `[L]`, and of its mean
+    over layers, in bits.
+
+    Each document is left out in turn, within its domain (the stratified jackknife: `sum_g (n_g - 1) / n_g` times the
+    squared deviations from the domain's mean). It knows nothing of what another seed of training would give.
+    """
+    load, domain = _documents(trace)
+    by_domain = _by_domain(load, domain, len(trace.domains))
+    without = torch.empty(load.shape[:2], dtype=torch.float64)
+    for document, of in enumerate(domain.tolist()):
+        left = by_domain.clone()
+        left[of] -= load[document]
+        without[document] = mutual_information(left / left.sum(-1, keepdim=True))
+    without = torch.cat([without, without.mean(1, keepdim=True)], dim=1)  # [U, L + 1]
+    variance = torch.zeros(without.shape[1], dtype=torch.float64)
+    for of in range(len(trace.domains)):
+        values = without[domain == of]
+        variance += (len(values) - 1) / len(values) * (values - values.mean(0)).square().sum(0)
+    error = variance.sqrt()
+    return error[:-1], error[-1]
+
+
+def domain_divergence(shares: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of each pair of domains' use of the experts: `[G, L, E]` -> `[L, G, G]` in bits.
+
+    `H((s_a + s_b) / 2) - (H(s_a) + H(s_b)) / 2`: 0 where two domains use the experts alike, 1 where they share none
+    (Lin, Divergence measures based on the Shannon entropy, 1991).
+    """
+    shares = shares.transpose(0, 1)  # [L, G, E]
+    entropy = _entropy_bits(shares)
+    together = _entropy_bits((shares[:, :, None] + shares[:, None]) / 2)
+    return (together - (entropy[:, :, None] + entropy[:, None]) / 2).clamp_min(0)
+
+
+def effective_experts(shares: Tensor) -> Tensor:
+    """How many experts a domain uses, as many as would have its entropy if used alike: `[G, L, E]` -> `[G, L]`, from 1
+    to E."""
+    return 2 ** _entropy_bits(shares)
+
+
 def measure_specialisation(trace: RoutingTrace, *, permutations: int = 1000, seed: int = 0) -> Specialisation:
     """Mutual information of domain and expert, layer by layer, with its permutation null."""
     shares = load_by_domain(trace)
+    error, error_of_mean = jackknife(trace)
     return Specialisation(
         bits=mutual_information(shares),
         normalised=normalised_mutual_information(shares),
         null_bits=permutation_null(trace, permutations=permutations, seed=seed),
+        standard_error=error,
+        standard_error_of_mean=error_of_mean,
     )
 
 
@@ -163,9 +214,14 @@ def measure_balance(trace: RoutingTrace, *, micro_batch_size: int = 8) -> Balanc
 
 def _shares(load: Tensor, domain: Tensor, num_domains: int) -> Tensor:
     """`load` [U, L, E] float64 and `domain` [U] -> [G, L, E], each domain's load over its own sum."""
-    member = F.one_hot(domain, num_domains).to(load)  # [U, G]
-    by_domain = (member.T @ load.flatten(1)).unflatten(1, load.shape[1:])
+    by_domain = _by_domain(load, domain, num_domains)
     return by_domain / by_domain.sum(-1, keepdim=True)
+
+
+def _by_domain(load: Tensor, domain: Tensor, num_domains: int) -> Tensor:
+    """`load` [U, L, E] float64 and `domain` [U] -> [G, L, E], each domain's load."""
+    member = F.one_hot(domain, num_domains).to(load)  # [U, G]
+    return (member.T @ load.flatten(1)).unflatten(1, load.shape[1:])
 
 
 def _documents(trace: RoutingTrace) -> tuple[Tensor, Tensor]:

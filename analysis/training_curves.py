@@ -1,6 +1,5 @@
 """The course of a training, as a run directory records it: loss by domain, gradient, pace."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,19 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .figures import DPI
-from .run_lines import read_lines
-
-
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`.
-
-    Raises:
-        ValueError: it is missing, holds no line, or a line is not valid.
-    """
-    records = read_lines(Path(run) / "metrics.jsonl")
-    if not records:
-        raise ValueError(f"metrics.jsonl must hold at least one line; got none in {run}")
-    return records
 
 
 def training_figure(records: list[dict[str, Any]]) -> Figure:
@@ -29,7 +15,7 @@ def training_figure(records: list[dict[str, Any]]) -> Figure:
     with where a step's time goes.
 
     Args:
-        records: from `read_metrics`; what a line lacks is left out of its curve.
+        records: the lines of `metrics.jsonl`; what a line lacks is left out of its curve.
     """
     figure = Figure(figsize=(11.5, 7.2), dpi=DPI, layout="constrained")
     figure.suptitle("Training, over tokens seen", fontsize=11)
@@ -80,7 +66,8 @@ def _draw_domains(axis: Axes, records: list[dict[str, Any]]) -> None:
             *zip(*points, strict=True), color=colour, lw=1.1, label=domain, marker="." if len(points) == 1 else ""
         )
     axis.set_title("loss by domain", fontsize=9)
-    axis.legend(fontsize=6.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if domains:
+        axis.legend(fontsize=6.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _draw_phases(axis: Axes, records: list[dict[str, Any]]) -> None:
@@ -98,4 +85,4 @@ def _draw_phases(axis: Axes, records: list[dict[str, Any]]) -> None:
     axis.set_zorder(-1)  # the pace is drawn over it
 
 
-__all__ = ["read_metrics", "training_figure"]
+__all__ = ["training_figure"]
