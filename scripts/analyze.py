@@ -1,6 +1,7 @@
-"""Analyses the routing of a model on held-out text: specialisation by domain and balance, as numbers and pictures.
+"""Analyses the routing of one model or several on held-out text, and writes a report that can be looked at.
 
 python scripts/analyze.py --run runs/small
+python scripts/analyze.py --run runs/micro_batch --run runs/global_batch --output comparison
 """
 
 import sys
@@ -8,43 +9,51 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser
 
 import equipoise  # noqa: F401 (registers the models with the Auto classes)
-from equipoise.analysis import LoadHistory, read_metrics, save_figure, trace_routing, training_figure, write_report
+from equipoise.analysis import Measurement, MeasurementSettings, Measurer, RunInput, RunRecord, comparable, write_files
+from equipoise.analysis.page import shown_layers, text_tokens, write_page
 from equipoise.configuration import trained_block_size
 from equipoise.data import read_held_out, write_whole
 
 
 @dataclass
 class AnalysisArguments:
-    run: str | None = field(
+    run: list[str] | None = field(
         default=None,
         metadata={
-            "help": "A run directory: its model/, validation.parquet, load.jsonl and metrics.jsonl are read, "
-            "and analysis/ is written into it."
+            "help": "A run directory: its model/, validation.parquet, logs and checkpoints are read. Several are "
+            "compared.",
+            "action": "extend",
         },
     )
-    model: str | None = field(default=None, metadata={"help": "A model's folder. Default: model/ of the run."})
+    model: str | None = field(
+        default=None, metadata={"help": "A model's folder. Default: model/ of the run. Not for several runs."}
+    )
     data: str | None = field(
         default=None,
         metadata={
             "help": "Held-out documents: a file called validation.parquet, or data to train on, of which the held-out "
-            "split is taken. Default: validation.parquet of the run."
+            "split is taken. Default: validation.parquet of each run."
         },
     )
-    output: str | None = field(default=None, metadata={"help": "The folder to write. Default: analysis/ in the run."})
+    output: str | None = field(
+        default=None, metadata={"help": "The folder to write. Default, for one run: analysis/ in the run."}
+    )
     batch_size: int = field(default=16, metadata={"help": "Windows in one forward pass; does not change the result."})
     block_size: int | None = field(
         default=None,
         metadata={"help": "Longest window, in tokens. Default: the block size of the model's run, or 512."},
     )
     micro_batch_size: int = field(
-        default=8, metadata={"help": "Windows of one domain over which micro MaxVio is taken."}
+        default=8, metadata={"help": "Windows of one domain over which micro MaxVio is taken on held-out text."}
     )
     permutations: int = field(default=1000, metadata={"help": "Permutations of the domain labels."})
-    seed: int = field(default=0, metadata={"help": "Seeds the permutations."})
+    seed: int = field(default=0, metadata={"help": "Seeds the permutations and the untrained model."})
+    untrained: bool = field(
+        default=True, metadata={"help": "Also measure the same architecture, freshly initialised: a second pass."}
+    )
     save_trace: bool = field(default=False, metadata={"help": "Also write the counts, as trace.safetensors."})
 
 
@@ -58,69 +67,87 @@ def main() -> None:
 
 
 def analyze(arguments: AnalysisArguments) -> None:
-    """Traces, writes the report and prints its table."""
-    model_folder, data, output = find_files(arguments)
-    block_size = trained_block_size(model_folder) if arguments.block_size is None else arguments.block_size
-    history = None
-    if arguments.run and (Path(arguments.run) / "load.jsonl").is_file():
-        history = LoadHistory.from_run(arguments.run)
-    records = []
-    if arguments.run and (Path(arguments.run) / "metrics.jsonl").is_file():
-        records = read_metrics(arguments.run)
-    model = AutoModelForCausalLM.from_pretrained(model_folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    trace = trace_routing(
-        model,
-        AutoTokenizer.from_pretrained(model_folder),
-        read_held_out(data),
-        block_size=block_size,
-        batch_size=arguments.batch_size,
+    """Measures every run, writes its numbers and pictures and the report of all, and prints a table of each."""
+    output = find_output(arguments)
+    runs, notes = comparable(find_runs(arguments))
+    configs = [AutoConfig.from_pretrained(run.model) for run in runs]
+    layers = shown_layers(max(config.num_moe_layers for config in configs))
+    measurer = Measurer(
+        MeasurementSettings(
+            batch_size=arguments.batch_size,
+            micro_batch_size=arguments.micro_batch_size,
+            permutations=arguments.permutations,
+            seed=arguments.seed,
+            untrained=arguments.untrained,
+        ),
+        layers=layers,
+        num_tokens=text_tokens(
+            len(runs),
+            max(len(run.documents.unique("domain")) for run in runs),
+            len(layers),
+            max(config.num_experts_per_tok for config in configs),
+        ),
     )
-    numbers = write_report(
-        output,
-        trace,
-        history,
-        block_size=block_size,
-        micro_batch_size=arguments.micro_batch_size,
-        permutations=arguments.permutations,
-        seed=arguments.seed,
-    )
-    if records:
-        save_figure(training_figure(records), output / "training.png")
-    if arguments.save_trace:
-        write_whole(output / "trace.safetensors", trace.save)
-    print_table(numbers)
-    print(f"\nspecialisation by domain: {output / 'specialisation.png'}")
-    if history is not None:
-        print(f"load over training:       {output / 'load.png'}")
-    if records:
-        print(f"loss over training:       {output / 'training.png'}")
-    print(f"all numbers:              {output / 'analysis.json'}")
+    found = []
+    for run in runs:
+        folder = output if len(runs) == 1 else output / run.name
+        found.append(measurer.measure(run))
+        print_table(found[-1], write_files(folder, found[-1]))
+        if arguments.save_trace:
+            write_whole(folder / "trace.safetensors", found[-1].trace.save)
+        print(f"\nnumbers and pictures of {run.name}: {folder / 'analysis.json'} and beside it")
+    page = write_page(output, found, notes)
+    print(f"\nreport: {page}\nits charts as PNG and SVG: {output / 'figures'}")
 
 
-def find_files(arguments: AnalysisArguments) -> tuple[Path, Path, Path]:
-    """The model's folder, the held-out documents, and the folder to write."""
+def find_output(arguments: AnalysisArguments) -> Path:
+    """The folder to write."""
     if arguments.run is None:
         missing = [name for name in ("model", "data", "output") if getattr(arguments, name) is None]
         if missing:
             raise ValueError(f"--run, or --model, --data and --output, must be given; got no {', '.join(missing)}")
-    run = Path(arguments.run or "")
-    model_folder = Path(arguments.model or run / "model")
-    data = Path(arguments.data or run / "validation.parquet")
-    if not (model_folder / "config.json").is_file():
-        raise ValueError(f"the model must be a folder with a config.json; got {model_folder}")
-    if arguments.data is None and not data.is_file():
-        raise ValueError(f"--data must be given for a run without validation.parquet; got none in {run}")
-    return model_folder, data, Path(arguments.output or run / "analysis")
+    elif len(arguments.run) > 1:
+        if arguments.output is None:
+            raise ValueError("--output must be given for several runs; got none")
+        if arguments.model is not None:
+            raise ValueError(f"--model must not be given for several runs; got {arguments.model}")
+    elif arguments.output is None:
+        return Path(arguments.run[0]) / "analysis"
+    return Path(arguments.output or "")
 
 
-def print_table(numbers: dict[str, Any]) -> None:
-    """By layer: mutual information of domain and expert, its null, and the balance."""
+def find_runs(arguments: AnalysisArguments) -> list[RunInput]:
+    """The models to measure and the text to measure them on, which must be there before anything is measured."""
+    runs = []
+    folders: list[str | None] = [None] if arguments.run is None else [*arguments.run]
+    for folder in folders:
+        model = Path(arguments.model or f"{folder}/model")
+        data = Path(arguments.data or f"{folder}/validation.parquet")
+        if not (model / "config.json").is_file():
+            raise ValueError(f"the model must be a folder with a config.json; got {model}")
+        if arguments.data is None and not data.is_file():
+            raise ValueError(f"--data must be given for a run without validation.parquet; got none in {folder}")
+        runs.append(
+            RunInput(
+                name=Path(folder or model).resolve().name,
+                model=model,
+                documents=read_held_out(data),
+                block_size=trained_block_size(model) if arguments.block_size is None else arguments.block_size,
+                record=RunRecord() if folder is None else RunRecord.read(Path(folder)),
+            )
+        )
+    return runs
+
+
+def print_table(run: Measurement, numbers: dict[str, Any]) -> None:
+    """By layer: mutual information of domain and expert, its nulls, and the balance."""
     print(
-        f"\n{numbers['tokens']:,} tokens of {numbers['documents']:,} documents in {len(numbers['domains'])} domains;"
-        f" {numbers['num_experts_per_tok']} of {numbers['num_experts']} experts per token\n"
+        f"\n{run.name}: {numbers['tokens']:,} tokens of {numbers['documents']:,} documents in "
+        f"{len(numbers['domains'])} domains; {numbers['num_experts_per_tok']} of {numbers['num_experts']} experts per "
+        "token\n"
     )
-    print("       domain and expert, bits                MaxVio          dead")
-    print("layer     MI  normalised  by chance       p   global   micro  experts  entropy")
+    print("       domain and expert, bits                            MaxVio          dead")
+    print("layer     MI  by token  untrained  by chance       p   global   micro  experts  entropy")
     for layer in numbers["layers"]:
         print(
             f"{layer['layer']:5}  {_specialisation(layer)}  {layer['max_vio_global']:7.3f}"
@@ -129,9 +156,10 @@ def print_table(numbers: dict[str, Any]) -> None:
     print(f" mean  {_specialisation(numbers['mean_over_layers'])}")
 
 
-def _specialisation(layer: dict[str, float]) -> str:
+def _specialisation(layer: dict[str, Any]) -> str:
+    untrained = "-" if layer["untrained_bits"] is None else f"{layer['untrained_bits']:.3f}"
     return (
-        f"{layer['mutual_information_bits']:5.3f}  {layer['mutual_information_normalised']:10.3f}"
+        f"{layer['mutual_information_bits']:5.3f}  {layer['token_identity_bits']:8.3f}  {untrained:>9}"
         f"  {layer['null_mean_bits']:9.3f}  {layer['p_value']:6.4f}"
     )
 
