@@ -8,7 +8,8 @@ import torch
 from matplotlib.figure import Figure
 
 from equipoise.analysis import LoadHistory
-from equipoise.analysis.figures import DPI, expert_order, load_figure, save_figure, specialisation_figure
+from equipoise.analysis.figures import DPI, load_figure, save_figure, specialisation_figure
+from equipoise.analysis.ordering import expert_order
 
 
 def check_picture(figure: Figure, path: Path) -> None:
@@ -26,6 +27,12 @@ def check_picture(figure: Figure, path: Path) -> None:
     assert drawn.y1 <= page_height
 
 
+def test_a_figure_is_saved_as_svg_where_its_name_says_so(tmp_path: Path) -> None:
+    figure = specialisation_figure(torch.full((2, 1, 4), 0.25, dtype=torch.float64), ["a", "b"], ["layer 0"])
+    save_figure(figure, tmp_path / "specialisation.svg")
+    assert "<svg" in (tmp_path / "specialisation.svg").read_text()
+
+
 @pytest.mark.parametrize(("domains", "layers", "experts"), [(12, 12, 64), (3, 2, 4), (12, 3, 16), (1, 1, 1)])
 def test_specialisation_figure(domains: int, layers: int, experts: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -37,11 +44,6 @@ def test_specialisation_figure(domains: int, layers: int, experts: int, tmp_path
     assert len(images) == layers
     for layer, image in enumerate(images):
         assert torch.equal(torch.from_numpy(image.data), shares[:, layer, expert_order(shares[:, layer])])
-
-
-def test_experts_are_ordered_by_their_domain_and_unused_ones_come_last() -> None:
-    shares = torch.tensor([[0.0, 0.1, 0.2, 0.7, 0.0], [0.0, 0.5, 0.1, 0.1, 0.3]])
-    assert expert_order(shares).tolist() == [3, 2, 1, 4, 0]
 
 
 @pytest.mark.parametrize(("steps", "layers", "experts"), [(1, 1, 8), (40, 12, 64), (5, 3, 16)])

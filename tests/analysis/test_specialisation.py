@@ -2,11 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy
+from sklearn.metrics import mutual_info_score
 
 from equipoise.analysis import (
     RoutingTrace,
+    domain_divergence,
     load_by_domain,
     measure_balance,
     measure_specialisation,
@@ -14,6 +21,7 @@ from equipoise.analysis import (
     normalised_mutual_information,
     permutation_null,
 )
+from equipoise.analysis.specialisation import effective_experts, jackknife
 
 
 def make_trace(load: torch.Tensor, domain: list[int], document: list[int] | None = None) -> RoutingTrace:
@@ -62,6 +70,74 @@ def test_mutual_information_matches_its_definition() -> None:
         of_experts = [sum(joint[g][e] for g in range(4)) for e in range(5)]
         limit = min(2.0, -sum(p * math.log2(p) for p in of_experts if p))
         assert float(normalised_mutual_information(shares)[layer]) == pytest.approx(bits / limit, abs=1e-14)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 7))
+def test_measures_match_scikit_learn_and_scipy(seed: int, domains: int, experts: int) -> None:
+    # Whole counts, of which every domain has as many: scikit-learn takes no shares.
+    draw = np.random.default_rng(seed)
+    counts = draw.multinomial(500, draw.dirichlet(np.full(experts, 0.3), size=(domains, 2)))
+    shares = torch.from_numpy(counts / 500)
+    divergence, used = domain_divergence(shares), effective_experts(shares)
+    for layer in range(2):
+        table = shares[:, layer].numpy()
+        expected = mutual_info_score(None, None, contingency=counts[:, layer]) / math.log(2)
+        assert float(mutual_information(shares)[layer]) == pytest.approx(expected, abs=1e-9)
+        for one in range(domains):
+            assert float(used[one, layer]) == pytest.approx(2 ** entropy(table[one], base=2), rel=1e-9)
+            for other in range(domains):
+                squared = np.nan_to_num(jensenshannon(table[one], table[other], base=2)) ** 2
+                assert float(divergence[layer, one, other]) == pytest.approx(squared, abs=1e-9)
+
+
+def test_mutual_information_of_two_domains_is_their_divergence() -> None:
+    shares = load_by_domain(random_trace())[:2]
+    torch.testing.assert_close(domain_divergence(shares)[:, 0, 1], mutual_information(shares))
+
+
+def test_jackknife_leaves_out_one_document_at_a_time() -> None:
+    # Two windows a document; domains of 3, 3 and 4 documents.
+    trace = random_trace(windows=20)
+    domain = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 2]).repeat_interleave(2)
+    trace = RoutingTrace(trace.load, trace.num_tokens, domain, torch.arange(10).repeat_interleave(2), ("a", "b", "c"))
+    values = []
+    for document in range(10):
+        kept = trace.document != document
+        part = RoutingTrace(
+            trace.load[kept], trace.num_tokens[kept], trace.domain[kept], trace.document[kept], trace.domains
+        )
+        values.append(mutual_information(load_by_domain(part)))
+    values = torch.stack(values).numpy()
+    for measured, of_documents in zip(
+        (*jackknife(trace)[0].tolist(), float(jackknife(trace)[1])),
+        (*values.T, values.mean(1)),
+        strict=True,
+    ):
+        variance = sum(
+            (len(part) - 1) / len(part) * ((part - part.mean()) ** 2).sum()
+            for part in (of_documents[:3], of_documents[3:6], of_documents[6:])
+        )
+        assert measured == pytest.approx(math.sqrt(variance), rel=1e-9)
+
+
+def test_standard_error_is_near_that_of_new_documents() -> None:
+    # Many held-out sets drawn anew: the spread of the measurement is what the jackknife says of each.
+    generator = torch.Generator().manual_seed(0)
+    taste = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.3, 0.5]])
+    bits, errors = [], []
+    for _ in range(60):
+        mood = torch.randn(40, 3, generator=generator) * 0.4
+        of = torch.arange(40) % 2
+        load = torch.poisson((taste[of].log() + mood).softmax(-1) * 300, generator=generator)[:, None]
+        found = measure_specialisation(make_trace(load, of.tolist()), permutations=1)
+        bits.append(float(found.bits))
+        errors.append(float(found.standard_error))
+    assert np.mean(errors) == pytest.approx(np.std(bits), rel=0.3)
+
+
+def test_no_standard_error_from_a_single_document() -> None:
+    trace = random_trace(windows=4)
+    assert bool(measure_specialisation(trace, permutations=1).standard_error.isnan().all())
 
 
 @pytest.mark.parametrize(

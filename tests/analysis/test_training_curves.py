@@ -1,13 +1,12 @@
 """The course of a training as a picture: from any run's lines, whole or sparse."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_figures import check_picture
 
-from equipoise.analysis import read_metrics, training_figure
+from equipoise.analysis.training_curves import training_figure
 
 
 def line(step: int, domains: int) -> dict[str, Any]:
@@ -37,20 +36,3 @@ def test_training_figure(steps: int, domains: int, tmp_path: Path) -> None:
 def test_lines_that_lack_things_are_drawn(tmp_path: Path) -> None:
     # A line after which every step was skipped, and one of an older run.
     check_picture(training_figure([line(1, 2), {"step": 2, "tokens": 9000}, line(3, 1)]), tmp_path / "training.png")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [(None, "be in the run directory"), ("", "at least one line"), ('{"step": 1', "on line 1")],
-)
-def test_files_that_cannot_be_drawn_are_named(text: str | None, words: str, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=rf"metrics\.jsonl must .*{words}"):
-        read_metrics(tmp_path)
-
-
-def test_metrics_are_read_line_by_line(tmp_path: Path) -> None:
-    records = [line(1, 2), line(2, 2)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert read_metrics(tmp_path) == records
