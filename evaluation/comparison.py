@@ -114,6 +114,11 @@ def bootstrap_interval(
     return ends[0], ends[1]
 
 
+def interval_record(low: float, high: float) -> dict[str, float | None]:
+    """An interval as JSON can hold it, which knows no nan."""
+    return {"low": None, "high": None} if math.isnan(low) else {"low": low, "high": high}
+
+
 def paired_p_value(differences: np.ndarray, *, flips: int = 20_000, seed: int = 0) -> float:
     """The probability of a difference as large as this between two models that are equally good.
 
@@ -170,8 +175,9 @@ def compare(first: Mapping[str, Scores], second: Mapping[str, Scores], *, seed: 
         first, second: Domain -> what the measure found of the one model and of the other.
 
     Returns:
-        For each domain: `difference` (second less first), its 95% interval `low` and `high`, `p_value` of each
-        domain by itself, and `p_value_holm`, adjusted for the number of domains.
+        For each domain: `difference` (second less first), its 95% interval `low` and `high` (None for one cluster,
+        of whose spread nothing is known), `p_value` of each domain by itself, and `p_value_holm`, adjusted for the
+        number of domains.
 
     Raises:
         ValueError: the models were not measured on the same items.
@@ -184,7 +190,7 @@ def compare(first: Mapping[str, Scores], second: Mapping[str, Scores], *, seed: 
             or not np.array_equal(first[domain].weights, second[domain].weights)
         ):
             raise ValueError(f"models must be measured on the same items to be compared; got others in {domain}")
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for domain in first:
         values = np.subtract(second[domain].values, first[domain].values)
         difference = Scores(values.tolist(), first[domain].weights, first[domain].clusters)
@@ -192,8 +198,7 @@ def compare(first: Mapping[str, Scores], second: Mapping[str, Scores], *, seed: 
         low, high = bootstrap_interval(sums, weights, seed=seed)
         found[domain] = {
             "difference": difference.score,
-            "low": low,
-            "high": high,
+            **interval_record(low, high),
             "p_value": paired_p_value(sums, seed=seed),
         }
     adjusted = holm([entry["p_value"] for entry in found.values()])

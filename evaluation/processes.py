@@ -1,7 +1,7 @@
 """The processes of an evaluation: batches are formed from all of it, then dealt out, then what they gave is gathered.
 
 Which sequences are computed together, and padded to which length, does not depend on the number of processes, and so
-no digit of a result does.
+no digit of a result does, if each process computes with the same number of threads (`set_num_threads`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,24 @@ def this_process() -> PartialState:
     # Accelerate joins processes on the CPU only if it is told to use the CPU.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu)
+
+
+def set_num_threads(number: int | None) -> int | None:
+    """Sets with how many threads this process computes on the CPU.
+
+    A matrix product is cut into parts by threads, and their number changes how it is rounded. Left alone, a process by
+    itself has a thread for each core; among several, Accelerate and its launcher divide the cores.
+
+    Args:
+        number: None leaves it as it is.
+
+    Returns:
+        With how many it computes; None where it does so on another device.
+    """
+    on_cpu = this_process().device.type == "cpu"  # Accelerate sets threads when it is first asked for this
+    if number is not None:
+        torch.set_num_threads(number)
+    return torch.get_num_threads() if on_cpu else None
 
 
 def batches_by_length(lengths: Sequence[int], sequences: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .comparison import Scores, compare
+from ..data import write_json
+from .comparison import Scores, compare, interval_record
 from .continuations import continuation_items
 from .items import Item, make_items
 from .perplexity import ALL, DocumentMeasures, measure_documents
@@ -233,9 +235,59 @@ def compare_models(plan: Plan, first: ModelMeasures, second: ModelMeasures, *, s
     }
 
 
+def results(
+    plan: Plan, measured: Mapping[str, ModelMeasures], settings: Mapping[str, dict[str, Any]], *, seed: int = 0
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """What each of several models did, and how all others differ from the first. JSON-able.
+
+    Args:
+        measured: Model's name -> what it did.
+        settings: Model's name -> what else its report shall say of how it was measured.
+
+    Returns:
+        Model's name -> its `report`, with `settings` and `versions`; and a comparison (`first`, `second`, and as
+        `measures` what `compare_models` returns) for each model but the first.
+    """
+    versions = {name: version(name) for name in ("equipoise", "torch", "transformers")}
+    reports = {
+        name: {**report(plan, measures, seed=seed), "settings": settings[name], "versions": versions}
+        for name, measures in measured.items()
+    }
+    first, *others = measured
+    comparisons = [
+        {
+            "first": first,
+            "second": name,
+            "measures": compare_models(plan, measured[first], measured[name], seed=seed),
+        }
+        for name in others
+    ]
+    return reports, comparisons
+
+
+def write_results(
+    reports: Mapping[str, dict[str, Any]],
+    comparisons: Sequence[dict[str, Any]],
+    outputs: Mapping[str, Path],
+    comparison_output: Path | None,
+) -> list[Path]:
+    """Writes what `results` returned: each model's report to its file, and all of it to that of the comparison.
+
+    Returns:
+        The files.
+    """
+    records = {output: reports[name] for name, output in outputs.items()}
+    if comparison_output is not None:
+        records[comparison_output] = {
+            "models": list(reports),
+            "comparisons": list(comparisons),
+            "evaluations": dict(reports),
+        }
+    return [write_json(output, record) for output, record in records.items()]
+
+
 def _interval(scores: Scores, seed: int) -> dict[str, float | None]:
-    low, high = scores.interval(seed)
-    return {"low": None, "high": None} if low != low else {"low": low, "high": high}
+    return interval_record(*scores.interval(seed))
 
 
 def _without_all(scores: Mapping[str, Scores]) -> dict[str, Scores]:

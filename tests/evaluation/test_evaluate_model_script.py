@@ -22,8 +22,19 @@ from tests.evaluation.test_tasks import SUMS, write_rows, write_task
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_model.py"
 
 
+def strict_json(file: Path) -> Any:
+    """What a browser would read too: no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{file} holds {constant}, which is no JSON")
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
 def run(*arguments: object, launcher: tuple[str, ...] = (), cwd: Path | None = None) -> str:
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    # Without OMP_NUM_THREADS torch, Accelerate and its launcher choose threads, as they do for those who set nothing.
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -78,10 +89,11 @@ def test_writes_what_evaluate_domains_returns(
 def test_two_models_are_compared_and_processes_change_no_digit(two_runs: tuple[Path, Path], tmp_path: Path) -> None:
     first, second = two_runs
     task = write_task(tmp_path, SUMS * 4, domain="mathematics")
-    arguments = ("--model", first, "--model", second, "--tasks", "continuation", task, "--limit", "24")
+    arguments = ("--model", first, "--model", second, "--tasks", "continuation", task, "--limit", "24",
+                 "--num_threads", "1")  # fmt: skip
     printed = run(*arguments, cwd=tmp_path)
-    comparison = json.loads((first / "comparison.json").read_text())
-    evaluations = [json.loads((folder / "evaluation.json").read_text()) for folder in two_runs]
+    comparison = strict_json(first / "comparison.json")
+    evaluations = [strict_json(folder / "evaluation.json") for folder in two_runs]
     assert comparison["evaluations"] == {"first": evaluations[0], "second": evaluations[1]}
     (found,) = comparison["comparisons"]
     assert (found["first"], found["second"]) == ("first", "second")
@@ -100,6 +112,8 @@ def test_two_models_are_compared_and_processes_change_no_digit(two_runs: tuple[P
         assert entry["difference"] == pytest.approx(values[1] - values[0], abs=1e-12)
         assert 0 < entry["p_value"] <= entry["p_value_holm"] <= 1
     assert found["measures"]["bits_per_byte"]["law"]["p_value_holm"] < 0.05  # other weights, on 8 documents
+    assert found["measures"]["bits_per_byte"]["ja"]["low"] is None  # one document, of whose spread nothing is known
+    assert evaluations[0]["settings"]["num_threads"] == 1
     of_task = evaluations[0]["tasks"]["continuation"]["domains"]["all"]
     assert (of_task["num_items"], of_task["clusters"], of_task["chance"]) == (48, 16, 0.25)
     for words in (
@@ -112,11 +126,11 @@ def test_two_models_are_compared_and_processes_change_no_digit(two_runs: tuple[P
     ):
         assert words in printed
 
-    # As many processes as there are cores here, and none of the digits is another.
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    # One by itself and three of the launcher, which would compute with other numbers of threads; no digit is another.
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "3", "--num_machines", "1",
                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
     again = run(*arguments, launcher=launcher, cwd=tmp_path)
-    assert json.loads((first / "comparison.json").read_text()) == comparison
+    assert strict_json(first / "comparison.json") == comparison
     assert again == printed
 
 
@@ -185,6 +199,7 @@ def test_refuses_tasks_before_a_model_is_loaded(saved_run: Path, tmp_path: Path,
     assert "sums: columns must be in every row" in with_tasks(write_task(tmp_path, [{"question": "1"}]))
     assert "limit must be at least 1; got 0" in with_tasks("continuation", "--limit", "0")
     assert "batch_size must be at least 1; got 0" in with_tasks("continuation", "--batch_size", "0")
+    assert "num_threads must be at least 1; got 0" in with_tasks("continuation", "--num_threads", "0")
 
 
 def test_refuses_what_does_not_fit(
