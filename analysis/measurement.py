@@ -45,6 +45,8 @@ class RunInput:
     """The longest window, in tokens."""
     record: RunRecord = field(default_factory=RunRecord)
     """What is known of its training."""
+    data: Path | None = None
+    """Where the documents were read, if from a file."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Measurement:
     """What was found of one run."""
 
     name: str
+    model: Path
+    data: Path | None
     config: MoEConfig
     record: RunRecord
     block_size: int
@@ -149,6 +153,8 @@ class Measurer:
             saturation = measure_saturation(model, run.record.checkpoints, windows, batch_size=settings.batch_size)
         return Measurement(
             name=run.name,
+            model=run.model,
+            data=run.data,
             config=config,
             record=run.record,
             block_size=run.block_size,

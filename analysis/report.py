@@ -102,6 +102,8 @@ def analyse(run: Measurement) -> dict[str, Any]:
         "tokens": int(trace.num_tokens.sum()),
         "tokens_covered": run.tokens_covered,
         "settings": {
+            "model": str(run.model),
+            "data": None if run.data is None else str(run.data),
             "block_size": run.block_size,
             "micro_batch_size": run.settings.micro_batch_size,
             "permutations": run.settings.permutations,

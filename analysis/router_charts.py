@@ -194,9 +194,10 @@ def saturation_figure(runs: Sequence[Measurement]) -> ReportFigure | None:
                 append(columns, layer=layer, step=step, share=rounded(share))
         panels.append(Panel(run_title(run.name, runs), _saturation_chart(run.num_layers), {None: columns}))
         first, last = found.share.mean(1)[[0, -1]].tolist()
+        later = f", at step {found.steps[-1]:,} {last:.0%}" if len(found.steps) > 1 else ""
         findings.append(
-            f"{run.name}: at step {found.steps[0]:,} {first:.0%} of a token's final experts are already selected, at "
-            f"step {found.steps[-1]:,} {last:.0%} (mean over layers, {found.tokens:,} tokens)."
+            f"{run.name}: at step {found.steps[0]:,} {first:.0%} of a token's final experts are already selected{later} "
+            f"(mean over layers, {found.tokens:,} tokens)."
         )
     if not panels:
         return None

@@ -73,7 +73,7 @@ _FORMS: dict[str, Any] = {
             {"layer": int, "max_vio_global": _NUMBER, "dead_experts": int, "load_entropy": _NUMBER, **_SPECIALISATION}
         ],
         "mean_over_layers": _SPECIALISATION,
-        "settings": {"permutations": int},
+        "settings": {"model": str, "data?": str, "permutations": int},
     },
 }
 
@@ -93,7 +93,9 @@ class RunRecords:
     other_evaluation: bool = False
     """Whether there is one that is not."""
     analysis: dict[str, Any] = field(default_factory=dict)
-    """`analysis/analysis.json`"""
+    """`analysis/analysis.json`, likewise"""
+    other_analysis: bool = False
+    """Whether there is one that is not."""
     pictures: tuple[Path, ...] = ()
     """Those of `analysis/` that a card shows."""
 
@@ -103,17 +105,19 @@ class RunRecords:
         Raises:
             ValueError: a file cannot be read, or lacks a field that a card needs.
         """
-        analysis = run / "analysis"
-        evaluation = _read(run, "evaluation.json")
-        own = bool(evaluation) and _evaluated(run, evaluation["settings"])
+        evaluation, analysis = _read(run, "evaluation.json"), _read(run, "analysis/analysis.json")
+        own_evaluation = bool(evaluation) and _measured(run, evaluation["settings"])
+        own_analysis = bool(analysis) and _measured(run, analysis["settings"])
+        pictures = [run / "analysis" / name for name in PICTURES]
         return cls(
             settings=_read(run, "settings.yaml"),
             data=_read(run, "data.json"),
             training=_read(run, "training.json"),
-            evaluation=evaluation if own else {},
-            other_evaluation=bool(evaluation) and not own,
-            analysis=_read(run, "analysis/analysis.json"),
-            pictures=tuple(analysis / name for name in PICTURES if (analysis / name).is_file()),
+            evaluation=evaluation if own_evaluation else {},
+            other_evaluation=bool(evaluation) and not own_evaluation,
+            analysis=analysis if own_analysis else {},
+            other_analysis=bool(analysis) and not own_analysis,
+            pictures=tuple(picture for picture in pictures if own_analysis and picture.is_file()),
         )
 
 
@@ -127,17 +131,17 @@ def _read(run: Path, name: str) -> dict[str, Any]:
     return record
 
 
-def _evaluated(run: Path, settings: dict[str, Any]) -> bool:
-    """Whether these settings of an evaluation name the run's own model and held-out documents."""
+def _measured(run: Path, settings: dict[str, Any]) -> bool:
+    """Whether these settings of an evaluation or an analysis name the run's own model and held-out documents."""
     if settings.get("data") is None:
         return False
     model, data = Path(settings["model"]), Path(settings["data"])
     if (model.name, data.name) != ("model", "validation.parquet"):
         return False
     together = model.parent == data.parent
-    if not model.parent.exists():  # the run was moved since, or was evaluated from another directory
+    if not model.parent.exists():  # the run was moved since, or was measured from another directory
         return together
-    # Runs that are evaluated together share documents, which are recorded as those of the first.
+    # Runs that are measured together may share documents, which are recorded as those of the first.
     own = run / data.name
     same = together or (data.is_file() and own.is_file() and filecmp.cmp(data, own))
     return same and model.parent.samefile(run)

@@ -134,6 +134,7 @@ def find_runs(arguments: AnalysisArguments) -> list[RunInput]:
                 documents=read_held_out(data),
                 block_size=trained_block_size(model) if arguments.block_size is None else arguments.block_size,
                 record=RunRecord() if folder is None else RunRecord.read(Path(folder)),
+                data=data,
             )
         )
     return runs

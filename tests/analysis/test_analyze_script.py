@@ -49,7 +49,8 @@ def test_analyses_a_run(
     ]  # fmt: skip
     numbers = json.loads((run / "analysis" / "analysis.json").read_text())
     measurer = Measurer(MeasurementSettings(permutations=200), layers=[0, 1], num_tokens=8)
-    found = measurer.measure(RunInput(run.name, run / "model", documents, 24, RunRecord.read(run)))
+    data = run / "validation.parquet"
+    found = measurer.measure(RunInput(run.name, run / "model", documents, 24, RunRecord.read(run), data))
     assert numbers == json.loads(json.dumps(analyse(found)))
     trace = trace_routing(model, tokenizer, documents, block_size=24)
     assert RoutingTrace.load_file(run / "analysis" / "trace.safetensors").load.equal(trace.load)

@@ -22,6 +22,8 @@ from equipoise.configuration import model_size
 from equipoise.hub.model_card import _balancing_fields, count_parameters, write_model_card
 from equipoise.modeling import MoEForSequenceClassification
 
+MEASURED = ("evaluation.json", "analysis/analysis.json")
+
 
 def card_of(folder: Path, model: Path, **arguments: Any) -> str:
     """The card of a model, written into a copy of its folder."""
@@ -56,14 +58,15 @@ def table(card: str, *header: str) -> list[list[str]]:
 
 
 def copy_of(run: Path, folder: Path) -> Path:
-    """A copy of a run directory, evaluated where it lies now."""
+    """A copy of a run directory, evaluated and analysed where it lies now."""
     copy = shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("checkpoints", ".lock"))
-    edit(copy / "evaluation.json", lambda record: record["settings"].update(evaluated(copy)))
+    for name in MEASURED:
+        edit(copy / name, lambda record: record["settings"].update(measured_of(copy)))
     return copy
 
 
-def evaluated(run: Path) -> dict[str, str]:
-    """What an evaluation records of the model and the documents, if they are a run's own."""
+def measured_of(run: Path) -> dict[str, str]:
+    """What an evaluation or an analysis records of the model and the documents, if they are a run's own."""
     return {"model": str(run / "model"), "data": str(run / "validation.parquet")}
 
 
@@ -295,26 +298,32 @@ def test_what_is_missing_is_left_out_and_said(finished_run: Path, tmp_path: Path
 
 @pytest.mark.parametrize("other", ["data", "model", "run"])
 def test_what_is_said_of_held_out_text_was_measured_on_it(finished_run: Path, tmp_path: Path, other: str) -> None:
-    """`evaluate_model --data TRAINING_TEXT`, or one of another model, must not be told as held-out documents."""
+    """`--data TRAINING_TEXT` of evaluate_model or analyze, or one of another model, must not be told as held-out documents."""
     run = copy_of(finished_run, tmp_path)
     changes = {
         "data": {"data": "training.jsonl"},
         "model": {"model": str(run / "checkpoints" / "step-00000006" / "model")},
-        "run": evaluated(finished_run),
+        "run": measured_of(finished_run),
     }
-    edit(run / "evaluation.json", lambda record: record["settings"].update(changes[other]))
+    for name in MEASURED:
+        edit(run / name, lambda record: record["settings"].update(changes[other]))
     card = card_of(tmp_path / "card", run / "model", run=run)
     assert "## Evaluation" not in card
+    assert "## Specialisation" not in card
+    assert "![" not in card
+    assert "held-out text: `analysis/` is of another model or other documents than those of the run" in card
     assert "- The held-out documents come from" not in card
     assert "`evaluation.json` is of another model or other documents than those of the run" in card
     assert ModelCard(card).data.eval_results is None
 
 
-def test_a_run_that_was_moved_keeps_its_evaluation(finished_run: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_moved_keeps_what_was_measured(finished_run: Path, tmp_path: Path) -> None:
     """And one that was evaluated together with another, on the same documents."""
     run = copy_of(finished_run, tmp_path).rename(tmp_path / "moved")
-    assert "## Evaluation" in card_of(tmp_path / "card", run / "model", run=run)
-    together = evaluated(run) | {"data": evaluated(finished_run)["data"]}
+    moved = card_of(tmp_path / "card", run / "model", run=run)
+    assert "## Evaluation" in moved
+    assert "## Specialisation" in moved
+    together = measured_of(run) | {"data": measured_of(finished_run)["data"]}
     edit(run / "evaluation.json", lambda record: record["settings"].update(together))
     assert "## Evaluation" in card_of(tmp_path / "card", run / "model", run=run)
     (run / "validation.parquet").write_bytes(b"other documents")
@@ -409,7 +418,7 @@ def test_hostile_names_stay_text(
     measured["domains"] = {
         name: measured["domains"][domain] for name, domain in ((first, "code"), (second, "prose"), ("all", "all"))
     }
-    measured["settings"] |= evaluated(run)
+    measured["settings"] |= measured_of(run)
     (run / "evaluation.json").write_text(json.dumps(measured))
     data = {
         name: {"source": {"hub": "a/b", "config": source}, "key": "0", "weight": None, "documents": 1, "bytes": 10}
