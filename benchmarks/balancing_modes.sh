@@ -10,7 +10,7 @@ run() {
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 \
         --mixed_precision no --dynamo_backend no \
         scripts/train.py hub_configs/tiny/train.yaml --data "$CORPUS" --output_dir "$OUTPUT/$1" \
-        --max_train_bytes_per_domain 1500000 --max_validation_bytes_per_domain 150000 \
+        --max_train_bytes_per_domain 4000000 --max_validation_bytes_per_domain 150000 \
         --micro_batch_size 4 --global_batch_size 32 --max_steps 400 \
         --config_overrides "$2"
     python scripts/evaluate_model.py --model "$OUTPUT/$1"
