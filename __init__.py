@@ -14,7 +14,7 @@ from .configuration import MoEConfig
 
 if TYPE_CHECKING:
     from .balancing import Balancer, LoadCountSynchronizer
-    from .integrations import BalancingCallback
+    from .integrations import BalancingCallback, balance
     from .modeling import (
         MoEForCausalLM,
         MoEForQuestionAnswering,
@@ -37,6 +37,7 @@ __all__ = [
     "MoEForTokenClassification",
     "MoEModel",
     "MoEPreTrainedModel",
+    "balance",
 ]
 
 # name -> room that defines it
@@ -44,6 +45,7 @@ _LAZY = {name: "modeling" for name in __all__ if name.startswith("MoE")} | {
     "Balancer": "balancing",
     "BalancingCallback": "integrations",
     "LoadCountSynchronizer": "balancing",
+    "balance": "integrations",
 }
 
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
