@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from balancer_profile import PARTS, profile_balancer
-from measuring import Shape, check_at_least, origin
+from measuring import Shape, check_among, check_at_least, check_device, origin, spread
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
@@ -82,13 +82,11 @@ class BalancingArguments(Shape):
 
     def checked_world_sizes(self) -> list[int]:
         """Raises ValueError, naming the field, for arguments that cannot be."""
-        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise ValueError(f"device must be cpu, or cuda where there is a GPU; got {self.device}")
+        check_device(self.device)
         check_at_least(1, rounds=self.rounds, gradient_accumulation_steps=self.gradient_accumulation_steps)
         check_at_least(0, warmup=self.warmup)
+        check_among(VARIANTS, variants=self.variants)
         for name in self.variants:
-            if name not in VARIANTS:
-                raise ValueError(f"variants must be among {', '.join(VARIANTS)}; got {name}")
             self.config(**VARIANTS[name])
         gpus = torch.cuda.device_count() if self.device == "cuda" else None
         world_sizes = self.world_sizes or ([1] if gpus == 1 else [1, 2])
@@ -106,6 +104,7 @@ def benchmark_balancing(arguments: BalancingArguments) -> None:
         ValueError: arguments that cannot be, before anything starts.
     """
     world_sizes, worlds = arguments.checked_world_sizes(), {}
+    torch.set_num_threads(1)  # here too, for the record
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler of each process would write lines among the bars
     for world_size in world_sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +118,7 @@ def benchmark_balancing(arguments: BalancingArguments) -> None:
         if arguments.profile:
             print_profiles(variants)
     result = {"parameters": found["parameters"], "world_sizes": worlds}
-    write_json(arguments.output, origin(arguments, arguments.device) | result)
+    write_json(arguments.output, origin(arguments, arguments) | result)
     print(f"\nall figures: {arguments.output}")
 
 
@@ -245,12 +244,8 @@ def summarize(record: dict[str, Any], seed: int) -> dict[str, Any]:
     """Of a variant's pairs: the medians of the steps in ms, and of the ratio variant / none the median, the quartiles
     and a 95% bootstrap interval of the median; then the record."""
     none, variant = np.array(record["none_seconds"]), np.array(record["seconds"])
-    ratios = variant / none
-    resampled = np.median(np.random.default_rng(seed).choice(ratios, (10_000, len(ratios))), axis=1)
     return {
-        "ratio": float(np.median(ratios)),
-        "ratio_quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
-        "ratio_interval_95": np.quantile(resampled, [0.025, 0.975]).tolist(),
+        **spread(variant / none, seed),
         "step_ms": 1000 * float(np.median(variant)),
         "none_step_ms": 1000 * float(np.median(none)),
         **record,

@@ -1,21 +1,28 @@
-"""What the measurements of `scripts/benchmark.py` share: the model's shape, a check, what a result says of its origin.
+"""What the measurements of `scripts/benchmark.py` share: models, micro-batches, checks, a spread, a result's origin.
 
 `B` sequences, `T` positions.
 """
 
 import os
 import platform
+import re
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from equipoise import MoEConfig
+
+ALLOCATOR = re.compile(r"MALLOC|GLIBC_TUNABLES|LD_PRELOAD|ALLOC_CONF|THP_MEM_ALLOC")
+"""Variables of the environment by which memory is allocated otherwise."""
 
 MICRO_BATCH = ("micro_batch_size", "sequence_length")
 """Fields of `Shape` that are not the model's."""
@@ -54,6 +61,111 @@ class Shape:
         return torch.randint(self.vocab_size, (self.micro_batch_size, self.sequence_length), generator=random)
 
 
+MODELS = {
+    "S": Shape(num_attention_heads=4, num_key_value_heads=2, head_dim=64, micro_batch_size=8),
+    "M": Shape(
+        vocab_size=16384,
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=128,
+        micro_batch_size=4,
+    ),
+    # For a GPU: 0.92 B parameters, 0.22 B of them active.
+    "L": Shape(
+        vocab_size=32768,
+        hidden_size=1024,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=256,
+        micro_batch_size=16,
+        sequence_length=2048,
+    ),
+    # For tests: widths that `grouped_mm` takes in bf16 too.
+    "tiny": Shape(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        sequence_length=16,
+    ),
+}
+"""The models that are compared with a peer, by name."""
+
+
+@dataclass
+class Comparison:
+    """What the comparisons with the peer have in common."""
+
+    models: list[str] = field(default_factory=lambda: ["S"], metadata={"help": f"Among {', '.join(MODELS)}."})
+    dtypes: list[str] = field(
+        default_factory=lambda: ["float32"],
+        metadata={"help": "float32; autocast, to bf16 with weights in fp32; or bfloat16, weights too."},
+    )
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "Of our experts. Default: what our model takes by itself."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Of our attention. Default: what our model takes by itself."}
+    )
+    peer_implementations: list[str] = field(
+        default_factory=lambda: ["eager", "grouped_mm"], metadata={"help": "Of the peer's experts."}
+    )
+    hopeless: float = field(
+        default=0.0,
+        metadata={"help": "Leave out a peer that takes so many times the fastest's time in warm-up; 0: none."},
+    )
+    rounds: int = field(default=12, metadata={"help": "Rounds measured; in each, everything is measured once."})
+    warmup: int = field(default=2, metadata={"help": "Rounds before them that are not measured."})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu, one thread, or cuda."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of weights, tokens and the order within a round."})
+    output: str = field(default="benchmarks/results", metadata={"help": "Folder of the JSON files."})
+
+    def check(self) -> None:
+        """Raises ValueError, naming the field, for arguments that cannot be."""
+        check_device(self.device)
+        check_at_least(1, rounds=self.rounds, warmup=self.warmup)
+        check_among(MODELS, models=self.models)
+        check_among(DTYPES, dtypes=self.dtypes)
+        check_among(PEER_IMPLEMENTATIONS, peer_implementations=self.peer_implementations)
+        if self.hopeless and self.hopeless < 1:
+            raise ValueError(f"hopeless must be 0 or at least 1; got {self.hopeless}")
+
+
+DTYPES = {"float32": torch.float32, "autocast": torch.bfloat16, "bfloat16": torch.bfloat16}
+"""In which numbers are multiplied."""
+
+PEER_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that is not there."""
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where there is a GPU; got {device}")
+
+
+def check_among(known: Iterable[str], **values: list[str]) -> None:
+    """Raises ValueError, naming the field, for a list that is empty or holds something unknown."""
+    for name, given in values.items():
+        if not given or not set(given) <= set(known):
+            raise ValueError(f"{name} must be among {', '.join(known)}; got {' '.join(given) or 'none'}")
+
+
 def check_at_least(least: int, **values: int) -> None:
     """Raises ValueError, naming the field, for a value below `least`."""
     for name, value in values.items():
@@ -61,25 +173,42 @@ def check_at_least(least: int, **values: int) -> None:
             raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
-def origin(arguments: Shape, device: str) -> dict[str, Any]:
-    """The first entries of every result: command, machine, versions, shape, arguments.
+def spread(ratios: ArrayLike, seed: int) -> dict[str, Any]:
+    """Of the ratios of pairs: the median, the quartiles, and a 95% bootstrap interval of the median."""
+    ratios = np.asarray(ratios)
+    resampled = np.median(np.random.default_rng(seed).choice(ratios, (10_000, len(ratios))), axis=1)
+    return {
+        "ratio": float(np.median(ratios)),
+        "ratio_quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
+        "ratio_interval_95": np.quantile(resampled, [0.025, 0.975]).tolist(),
+    }
+
+
+def origin(arguments: Any, shape: Shape) -> dict[str, Any]:
+    """The first entries of every result: command, machine, versions, settings of the allocator, shape, arguments.
 
     Args:
-        device: `cpu` or `cuda`.
+        arguments: a dataclass with a field `device`; what of it is in the shape is not told twice.
     """
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    shape = arguments.shape()
+    sizes = shape.shape()
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
         "machine": {
             "cpu": cpu,
             "cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
         },
         "versions": {name: version(name) for name in ("equipoise", "torch", "transformers", "numpy")},
-        "shape": shape,
-        "arguments": {name: value for name, value in asdict(arguments).items() if name not in shape},
+        "allocator": {
+            "environment": {name: value for name, value in os.environ.items() if ALLOCATOR.search(name)},
+            "transparent_huge_pages": huge_pages.read_text().strip() if huge_pages.is_file() else None,
+        },
+        "shape": sizes,
+        "arguments": {name: value for name, value in asdict(arguments).items() if name not in sizes},
     }

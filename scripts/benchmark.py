@@ -1,4 +1,4 @@
-"""Measures speed on this machine: `python scripts/benchmark.py balancing --help`.
+"""Measures speed on this machine: `python scripts/benchmark.py step --help`.
 
 A sub-command is a dataclass of arguments and a function that takes them, measures, prints and writes: both in a file
 of `benchmarks/`, and a line of `COMMANDS`.
@@ -16,8 +16,18 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from balancing_cost import BalancingArguments, benchmark_balancing
+from experts_speed import ExpertsArguments, benchmark_experts
+from generation_speed import GenerateArguments, benchmark_generation
+from loss_agreement import LossesArguments, benchmark_losses
+from scaling_speed import ScalingArguments, benchmark_scaling
+from step_speed import StepArguments, benchmark_step
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "experts": (ExpertsArguments, benchmark_experts),
+    "step": (StepArguments, benchmark_step),
+    "generate": (GenerateArguments, benchmark_generation),
+    "scaling": (ScalingArguments, benchmark_scaling),
+    "losses": (LossesArguments, benchmark_losses),
     "balancing": (BalancingArguments, benchmark_balancing),
 }
 
