@@ -35,8 +35,11 @@ MODULES = (
     "balancing/quantile.py",
     "balancing/synchronizer.py",
     "modeling/adapters.py",
+    "modeling/expert_products.py",
     "modeling/experts.py",
+    "modeling/experts_interface.py",
     "modeling/fused_head.py",
+    "modeling/matrix_products.py",
     "modeling/modeling_moe.py",
     "modeling/router.py",
 )

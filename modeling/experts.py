@@ -14,7 +14,7 @@ from ..configuration.configuration_moe import MoEConfig
 
 @use_experts_implementation
 class MoEExperts(nn.Module):
-    """All experts of a layer; `config._experts_implementation` picks how they are computed (`eager`, `grouped_mm`,
+    """All experts of a layer; `config._experts_implementation` picks how they are computed (`equipoise`, `grouped_mm`,
     ...), the forward pass below being `eager`."""
 
     def __init__(self, config: MoEConfig):

@@ -44,6 +44,7 @@ from ..configuration.configuration_moe import MoEConfig
 from ..configuration.remote_code import AUTO_MAP
 from .adapters import biases_of_adapters, load_biases, read_adapter, return_biases
 from .experts import MoEExperts
+from .experts_interface import NAME as EXPERTS_IMPLEMENTATION
 from .fused_head import DecoderRouting, balanced
 from .router import KeptSelection, MoERouter
 
@@ -244,6 +245,10 @@ class MoEPreTrainedModel(PreTrainedModel):
         # The generic heads make their decoder through AutoModel, which does not know a configuration that came as
         # remote code.
         AutoModel.register(type(config), MoEModel, exist_ok=True)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in Transformers, where `grouped_mm` is the default."""
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     def save_pretrained(self, *arguments: Any, **kwargs: Any) -> None:
         """As in Transformers. The code travels with the weights (`remote_code`)."""
