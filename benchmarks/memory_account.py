@@ -58,7 +58,8 @@ class MemoryAccount:
         self.profiler.__exit__(*raised)
         if raised[0] is not None:
             return
-        events = self.profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        profiler: Any = self.profiler.profiler
+        events = profiler.kineto_results.events()
         (mark,) = [event for event in events if event.name() == self._MARK]
         allocated = 0
         for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()):

@@ -95,7 +95,8 @@ class MatmulPeak:
 
     def __call__(self) -> float:
         """Seconds of a product, the median of a turn."""
-        measured, end = [], time.perf_counter() + self.seconds
+        measured: list[float] = []
+        end = time.perf_counter() + self.seconds
         while not measured or time.perf_counter() < end:
             measured.append(timed(lambda: self.product(self.left, self.right), self.device))
         return float(np.median(measured))
