@@ -227,9 +227,12 @@ def test_flops_are_those_that_torch_counts(pair: Pair) -> None:
     tokens = TINY.micro_batch(torch.Generator().manual_seed(1))
     with FlopCounterMode(display=False) as counter:
         Training(lambda: peer, dtype="float32", device="cpu", skip_logits=False).backward(tokens)
+    # Transformers 5.17 makes the angles of positions by a product, once a pass.
+    angles = sum(counter.get_flop_counts().get("Qwen3MoeForCausalLM.model.rotary_emb", {}).values())
+    assert angles < 1000
     length, keys = TINY.sequence_length, (TINY.sequence_length + 1) // 2
     masked = 12 * TINY.num_hidden_layers * TINY.num_attention_heads * TINY.head_dim * (length - keys) * tokens.numel()
-    assert step_flops(ours, length, tokens.numel()) == counter.get_total_flops() - masked
+    assert step_flops(ours, length, tokens.numel()) == counter.get_total_flops() - angles - masked
 
 
 def test_flops_of_experts_are_those_that_torch_counts(pair: Pair) -> None:
