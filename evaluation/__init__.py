@@ -7,6 +7,7 @@ from .candidates import (
     find_models,
     find_outputs,
     find_task_rows,
+    load_model,
     load_reader,
     measure_candidate,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "find_task",
     "find_task_rows",
     "holm",
+    "load_model",
     "load_reader",
     "measure_candidate",
     "measure_model",

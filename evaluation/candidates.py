@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration import trained_block_size
 from ..data import read_held_out
@@ -164,11 +164,24 @@ def load_reader(candidate: Candidate, block_size: int | None) -> Reader:
     return Reader(tokenizer, block_size=read, max_length=in_tasks or read)
 
 
+def load_model(candidate: Candidate) -> PreTrainedModel:
+    """The model, on the device of its process, in memory of its own.
+
+    Weights that are mapped from a file lie wherever they lie in it, and a matrix product on the CPU is rounded by
+    where its operands begin. Transformers maps them in a process by itself and copies them in one of several.
+    """
+    model = AutoModelForCausalLM.from_pretrained(candidate.path).to(this_process().device)
+    if model.device.type == "cpu":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model
+
+
 def measure_candidate(
     candidate: Candidate, reader: Reader, plan: Plan, tokens: Sequence[Any], **options: Any
 ) -> ModelMeasures:
     """Loads a model, puts all that is planned to it (see `measure_model`) and lets go of it."""
-    model = AutoModelForCausalLM.from_pretrained(candidate.path).to(this_process().device)
+    model = load_model(candidate)
     measures = measure_model(model, reader.tokenizer, plan, tokens, block_size=reader.block_size, **options)
     del model
     gc.collect()  # the next model takes its memory

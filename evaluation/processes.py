@@ -1,7 +1,8 @@
 """The processes of an evaluation: batches are formed from all of it, then dealt out, then what they gave is gathered.
 
 Which sequences are computed together, and padded to which length, does not depend on the number of processes, and so
-no digit of a result does, if each process computes with the same number of threads (`set_num_threads`).
+no digit of a result does, if each process computes with the same number of threads (`set_num_threads`) on weights that
+lie alike in memory (`load_model`).
 """
 
 from collections.abc import Iterator, Sequence
