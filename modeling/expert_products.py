@@ -281,6 +281,10 @@ def _(
     return [torch.empty_like(tensor) for tensor, wanted in zip(inputs, needed, strict=True) if wanted]
 
 
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("experts_implementation equipoise can be differentiated once; take eager for more")
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, _, weights, gate_up, down, _ = inputs
     ctx.save_for_backward(hidden, weights, gate_up, down, *output[1:])
@@ -296,4 +300,5 @@ def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None
     return of_hidden, None, *of_rest, None
 
 
+_backward_operator.register_autograd(_refuse)
 _operator.register_autograd(_backward, setup_context=_setup)
