@@ -10,37 +10,40 @@ import pytest
 import torch
 from launched import launched
 
-from equipoise import MoEForCausalLM
+from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.evaluation import find_models, find_outputs, load_model, load_reader, set_num_threads
 
 
-def alignments(rank: int, world_size: int, model: str) -> dict[str, Any]:
+def described(model: str) -> dict[str, Any]:
+    loaded = load_model(*find_models([model]))
+    return {
+        "starts": sorted({tensor.data_ptr() % 64 for tensor in (*loaded.parameters(), *loaded.buffers())}),
+        "weights": dict(loaded.state_dict()),
+        "tied": loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight,
+    }
+
+
+def on_one_of_three(rank: int, world_size: int, model: str) -> dict[str, Any]:
     with launched(rank, world_size):
-        (candidate,) = find_models([model])
-        loaded = load_model(candidate)
-        return {
-            "alignments": sorted({tensor.data_ptr() % 64 for tensor in (*loaded.parameters(), *loaded.buffers())}),
-            "weights": {name: tensor for name, tensor in loaded.state_dict().items()},
-            "tied": loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight,
-        }
+        return described(model)
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("tied", [False, True])
 def test_weights_lie_alike_in_every_process(
-    run_processes: Callable[..., list[Any]], model: MoEForCausalLM, tmp_path: Path
+    run_processes: Callable[..., list[Any]], tiny_config: Callable[..., MoEConfig], tmp_path: Path, tied: bool
 ) -> None:
     """Mapped from the file by one process and copied by several, they began at other places of a cache line, and a
     model of 4 M parameters had other digits in 6 of 104 windows."""
+    model = MoEForCausalLM(tiny_config(tie_word_embeddings=tied))
     model.save_pretrained(tmp_path / "model")
-    found = run_processes(1, alignments, str(tmp_path / "model")) + run_processes(
-        3, alignments, str(tmp_path / "model")
-    )
-    for of_process in found:
-        assert of_process["alignments"] == [0]
-        assert of_process["tied"] is model.config.tie_word_embeddings
-        assert set(of_process["weights"]) == set(model.state_dict())
+    folder = str(tmp_path / "model")
+    for found in (described(folder), *run_processes(3, on_one_of_three, folder)):
+        assert found["starts"] == [0]
+        assert found["tied"] is tied
+        assert set(found["weights"]) == set(model.state_dict())
         for name, tensor in model.state_dict().items():
-            assert torch.equal(of_process["weights"][name], tensor), name
+            assert torch.equal(found["weights"][name], tensor), name
 
 
 def test_the_number_of_threads_is_set_and_told() -> None:
