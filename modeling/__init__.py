@@ -10,6 +10,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..configuration import MoEConfig
+from .block_causal_attention import BLOCK_CAUSAL
 from .experts import MoEExperts
 from .modeling_moe import (
     MoECausalLMOutput,
@@ -31,6 +32,7 @@ AutoModelForSequenceClassification.register(MoEConfig, MoEForSequenceClassificat
 AutoModelForTokenClassification.register(MoEConfig, MoEForTokenClassification, exist_ok=True)
 
 __all__ = [
+    "BLOCK_CAUSAL",
     "MoECausalLMOutput",
     "MoEExperts",
     "MoEForCausalLM",

@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -43,16 +44,19 @@ from ..configuration.balancing_settings import BalancingSettings
 from ..configuration.configuration_moe import MoEConfig
 from ..configuration.remote_code import AUTO_MAP
 from .adapters import biases_of_adapters, load_biases, read_adapter, return_biases
+from .block_causal_attention import BLOCK_CAUSAL
 from .experts import MoEExperts
 from .experts_interface import NAME as EXPERTS_IMPLEMENTATION
 from .fused_head import DecoderRouting, balanced
+from .linear_cross_entropy import liger_cross_entropy, liger_is_there, linear_cross_entropy, plain_weight
 from .router import KeptSelection, MoERouter
 
 # GLM-4-MoE's parts are the general ones: any RoPE scaling, partial rotary, RMSNorm, gated MLP of any width.
 
 
 class MoEAttention(nn.Module):
-    """Causal grouped-query attention through Transformers' attention interface."""
+    """Causal grouped-query attention through Transformers' attention interface; to its functions this file adds
+    `block_causal`, the faster one for training on CPUs."""
 
     def __init__(self, config: MoEConfig, layer_idx: int):
         super().__init__()
@@ -208,6 +212,9 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
         aux_loss: in training, what balancing adds to the loss: terms times coefficients and shares.
         aux_losses: in training, each balancing term without coefficient, detached: `load_balancing_loss` (1 when
             balanced), `complementary_loss`, `router_z_loss`; those that act.
+        logits: `[B, T, V]`, or of the positions in `logits_to_keep`; `None` where they are skipped.
+        token_losses: with `output_token_losses`, each position's cross-entropy `[B, T]` in nats, detached; 0 where it
+            bears none.
         router_logits: with `output_router_logits`, one `[N, E]` per MoE layer.
         selected_experts: with `output_router_logits`, one int64 `[N, K]` per MoE layer.
     """
@@ -215,6 +222,7 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     selected_experts: tuple[Tensor, ...] | None = None
     lm_loss: Tensor | None = None
     aux_losses: dict[str, Tensor] | None = None
+    token_losses: Tensor | None = None
 
 
 class MoEPreTrainedModel(PreTrainedModel):
@@ -450,6 +458,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        output_token_losses: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoECausalLMOutput:
         """As any causal language model of Transformers.
@@ -459,16 +469,23 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             output_router_logits: return `router_logits` and `selected_experts`.
             num_items_in_batch: positions that bear loss in the whole global batch. Given, the losses are sums over it,
                 to be added over ranks and accumulation steps; otherwise means (see `Balancer.loss`).
-
-        Returns:
-            `logits` `[B, T, V]`, and the rest of `MoECausalLMOutput`.
+            skip_logits: return no logits, and where the head is a plain one make but a few at a time. `None`: as the
+                configuration's `skip_logits_in_training` says, in training with labels.
+            output_token_losses: return `token_losses`.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds` are given; in training, `attention_mask` has
-                neither 2 nor 4 dimensions, or no labels are given to balance by.
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given; logits are to be skipped, or
+                losses of tokens returned, without labels; in training, `attention_mask` has neither 2 nor 4
+                dimensions, or no labels are given to balance by.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        labelled = labels is not None or kwargs.get("shift_labels") is not None
+        if not labelled and (skip_logits or output_token_losses):
+            name = "skip_logits" if skip_logits else "output_token_losses"
+            raise ValueError(f"{name} must be False without labels; got True")
+        if skip_logits is None:
+            skip_logits = labelled and self.training and self.config.skip_logits_in_training
         balancing = (self.training and torch.is_grad_enabled()) or self.balancer.in_prepass
         outputs: MoEModelOutput = self.model(
             input_ids=input_ids,
@@ -480,7 +497,6 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             output_routing=balancing or output_router_logits,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
         router_logits, selected_experts = tuple(zip(*outputs.routing, strict=True)) if outputs.routing else ((), ())
         bears_loss = self.positions_with_loss(labels, kwargs.get("shift_labels"))
         num_labels = None if bears_loss is None else bears_loss.sum()
@@ -489,19 +505,19 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if balancing:
             observed = self.observe(outputs, attention_mask, bears_loss)
 
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept, :])
-        lm_loss = None
+        items = None
         if num_labels is not None:
             # Divided by a count rather than averaged: a micro-batch that bears no loss has loss 0, not NaN.
-            items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-            lm_loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.vocab_size,
-                num_items_in_batch=items.clamp(min=1),
-                **kwargs,
-            )
+            items = (num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)).clamp(min=1)
+        logits, lm_loss, token_losses = self._head(
+            outputs.last_hidden_state,
+            labels,
+            items,
+            logits_to_keep=logits_to_keep,
+            skip_logits=skip_logits,
+            output_token_losses=output_token_losses,
+            **kwargs,
+        )
 
         loss, balancing_loss = lm_loss, None
         if observed is not None:
@@ -520,7 +536,46 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=router_logits if output_router_logits else None,
             selected_experts=selected_experts if output_router_logits else None,
+            token_losses=token_losses,
         )
+
+    def _head(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        num_items: Tensor | None,
+        *,
+        logits_to_keep: int | Tensor,
+        skip_logits: bool,
+        output_token_losses: bool,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """From hidden states `[B, T, D]`: logits, the language-model loss and each position's, as far as asked for."""
+        shape, shift_labels = hidden_states.shape[:2], kwargs.get("shift_labels")
+        weight = plain_weight(self.lm_head) if skip_logits and self.loss_function is ForCausalLMLoss else None
+        if weight is not None:
+            assert num_items is not None
+            states = hidden_states.flatten(0, 1)
+            targets = self.targets(labels, shift_labels).flatten().to(states.device)
+            if liger_is_there(states.device) and not output_token_losses:
+                return None, liger_cross_entropy(states, weight, targets, num_items), None
+            lm_loss, token_losses = linear_cross_entropy(states, weight, targets, num_items=num_items)
+            return None, lm_loss, token_losses.view(shape) if output_token_losses else None
+
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept, :])
+        lm_loss = token_losses = None
+        if output_token_losses:
+            assert num_items is not None
+            targets = self.targets(labels, shift_labels).flatten().to(logits.device)
+            exact = torch.promote_types(logits.dtype, torch.float32)
+            losses = nn.functional.cross_entropy(logits.to(exact).flatten(0, 1), targets, reduction="none")
+            lm_loss, token_losses = losses.sum() / num_items, losses.detach().view(shape)
+        elif num_items is not None:
+            lm_loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.vocab_size, num_items_in_batch=num_items, **kwargs
+            )
+        return None if skip_logits else logits, lm_loss, token_losses
 
     def observe(
         self, decoded: MoEModelOutput, attention_mask: Tensor | None, bears_loss: Tensor | None
@@ -550,13 +605,19 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
+    def targets(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+        """What each position `[B, T]` is to predict, -100 where it bears no loss."""
+        if shift_labels is not None:
+            return shift_labels
+        assert labels is not None
+        return nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+
+    @staticmethod
     def positions_with_loss(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
         """Which positions `[B, T]` bear loss, as the loss function will see them; `None` without labels."""
-        if shift_labels is not None:
-            return shift_labels.ne(-100)
-        if labels is None:
+        if labels is None and shift_labels is None:
             return None
-        return torch.nn.functional.pad(labels[..., 1:].ne(-100), (0, 1))
+        return MoEForCausalLM.targets(labels, shift_labels).ne(-100)
 
 
 class MoEForSequenceClassification(GenericForSequenceClassification, MoEPreTrainedModel):
@@ -578,6 +639,7 @@ def _unwrapped(module: nn.Module) -> Any:
 
 
 __all__ = [
+    "BLOCK_CAUSAL",
     "MoEForCausalLM",
     "MoEForQuestionAnswering",
     "MoEForSequenceClassification",
