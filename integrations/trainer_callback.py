@@ -17,7 +17,7 @@ from ..balancing import Balancer
 from ..configuration import BalancingFields, BalancingMode, BalancingSettings
 from .balance import StockBalancer
 from .stock_routers import resolve, unwrapped
-from .trainer_balancer import TrainerBalancer
+from .trainer_balancer import TrainerBalancer, trl_coefficient
 
 
 class BalancingCallback(TrainerCallback, ExportableState):
@@ -64,7 +64,7 @@ class BalancingCallback(TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        self._attach(model)
+        self._attach(model, args)
         if self.balancing_mode is not None:
             # The biases are fp32 now, before anything wraps or shards them. TRL is yet to give the model its forward.
             self._detach()
@@ -74,7 +74,7 @@ class BalancingCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.balancing_mode is not None:
             self._detach()  # a training that broke off
-        self._attach(model)
+        self._attach(model, args)
         assert self._balancer is not None
         name = type(self).__name__
         if state.global_step and name in state.stateful_callbacks:
@@ -88,7 +88,7 @@ class BalancingCallback(TrainerCallback, ExportableState):
         if self.detach and self.balancing_mode is not None:
             self._detach()
 
-    def _attach(self, model: nn.Module) -> None:
+    def _attach(self, model: nn.Module, args: TrainingArguments) -> None:
         if self.balancing_mode is None:
             self._balancer = find_balancer(model)
             return
@@ -98,7 +98,9 @@ class BalancingCallback(TrainerCallback, ExportableState):
                 "(from_pretrained takes the fields too), or detach the balancer, or give BalancingCallback no mode; "
                 f"got {self.balancing_mode} for {type(model).__name__}"
             )
-        self._balancer = TrainerBalancer(model, self.balancing_mode, **self.settings)
+        self._balancer = TrainerBalancer(
+            model, self.balancing_mode, trl_coefficient=trl_coefficient(args, model), **self.settings
+        )
 
     def _detach(self) -> None:
         if isinstance(self._balancer, StockBalancer):
