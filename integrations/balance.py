@@ -106,6 +106,9 @@ class StockBalancer(Balancer):
         name = type(self.model).__name__
         if getattr(self.model, "balancer", None) is not None:
             raise ValueError(f"model must not have a balancer yet: detach() it first; got {name} with one")
+        self._signature = inspect.signature(type(self.model).forward)
+        if "labels" not in self._signature.parameters:
+            raise ValueError(f"model must make a loss of labels, as a causal language model does; got {name}")
         self.recorder = RoutingRecorder(model)
         routers = self.recorder.routers
         schedule = settings.get("balancing_schedule") or []
@@ -141,7 +144,6 @@ class StockBalancer(Balancer):
             **settings,
         )
         self._forward: ForwardPass | None = None
-        self._signature = inspect.signature(type(self.model).forward)
         self._checkpointing = [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
         if has_biases:
             self.selection_biases()  # made fp32 now, before an optimizer or a sharding meets them

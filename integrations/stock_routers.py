@@ -25,6 +25,7 @@ UNRECORDED = re.compile(r"Top[kK]Router$|^HunYuanMoEV1Gate$|^DbrxRouter$|^AriaTe
 
 ROUTER_WITHIN = {
     "Ernie4_5_VLMoeMoeBlock": "text_moe.gate",  # its second router sees images alone, and other tokens
+    "ExaoneMoeSparseMoEBlock": "gate",
     "Llama4TextMoe": "router",
     "JetMoeAttention": "experts.router",
 }
@@ -48,6 +49,9 @@ SCORING_FIELD = {
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 BIAS_ON_LOGITS = ("Kolibri1TopKRouter",)
 """Routers that add the bias to logits rather than to scores."""
+
+LOGITS_INDEX = {"Llama4Router": 1, "JetMoeTopKGating": 4}
+"""Router class -> which of its outputs holds the logits, where a whole block is recorded."""
 
 NO_LOGITS = ("LongcatFlashTopkRouter", "AriaTextMoELayer")
 """Routers that, before Transformers 5.23, put out no logits, or show nobody what they selected."""
@@ -87,7 +91,7 @@ class StockRouter:
     kind: str
     """Name of its class."""
     index: int | None
-    """Which of its outputs holds the logits; `None`: the widest that is no selection."""
+    """Which of its outputs holds the logits; `None`: the first with one for each expert."""
     num_experts: int
     """`E`: what it selects from; the bias has one element each."""
     num_experts_per_tok: int
@@ -108,7 +112,8 @@ class StockRouter:
         elif self.index is not None:
             found = output[self.index]
         else:
-            found = max((each for each in output if each.is_floating_point()), key=lambda each: each.shape[-1])
+            floats = (each for each in output if isinstance(each, Tensor) and each.is_floating_point())
+            found = next(each for each in floats if each.dim() > 1 and each.shape[-1] == self.num_experts)
         if self.as_logits is not None:
             found = self.as_logits(found)
         return found.reshape(-1, found.shape[-1])
@@ -258,7 +263,8 @@ def _recorded(
     if matches:
         inside = ROUTER_WITHIN.get(_kind(module))
         if inside is not None:
-            yield f"{path}.{inside}", resolve(module, inside), None
+            router = resolve(module, inside)
+            yield f"{path}.{inside}", router, LOGITS_INDEX.get(_kind(unwrapped(router)))
         else:
             yield path, module, matched
             return
