@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from ..configuration import RunSettings
 from ..data import write_json, write_whole
-from ..modeling import MoECausalLMOutput
 from .flops import peak_flops
 from .interruption import Interruption
 from .panels import panels, start_trackers
@@ -134,6 +133,7 @@ def _train(prepared: Prepared, interruption: Interruption) -> int:
                             position_ids=batch["position_ids"],
                             labels=batch["labels"],
                             use_cache=False,
+                            skip_logits=True,
                         )
 
             for number, batch in enumerate(micro_batches):
@@ -149,14 +149,14 @@ def _train(prepared: Prepared, interruption: Interruption) -> int:
                             labels=batch["labels"],
                             num_items_in_batch=num_items_in_batch,
                             use_cache=False,
+                            skip_logits=True,
+                            output_token_losses=True,
                         )
-                        # The largest tensor there is, and nothing below needs it.
-                        outputs = MoECausalLMOutput(**{k: v for k, v in outputs.items() if k != "logits"})
                     with times("backward"):
                         # The loss is this micro-batch's share of the global batch's: undo the means that Accelerate
                         # (over micro-steps) and DDP (over processes) take, so that the shares add up.
                         accelerator.backward(outputs.loss * accumulation * num_processes)
-                metrics.add_micro_batch(outputs, prepared.sequence_losses, batch["domain"])
+                metrics.add_micro_batch(outputs, batch["labels"], batch["domain"])
 
             with times("synchronisation"):
                 reason = interruption.reason()

@@ -31,7 +31,6 @@ from transformers import AutoModelForCausalLM
 from ..configuration import MoEConfig, TrainingSettings, model_size
 from ..integrations import shard, sharding_mesh
 from ..modeling import MoEExperts, MoEForCausalLM
-from .step_metrics import SequenceLosses
 
 AllToAllEP: Any = None
 if find_spec("transformers.distributed.expert_parallel"):  # before, it does not send tokens to experts
@@ -59,7 +58,7 @@ class StepMemory:
     activations: int
     """What the forward pass has left for the backward pass, with the weights that autocast has rounded for it."""
     logits: int
-    """Tensors of tokens times vocabulary: logits, their logarithms, their gradients."""
+    """Tensors as wide as the vocabulary: the logits of some tokens, and the head's gradient before it is added up."""
     gathered: int
     """Weights gathered from other devices; buckets that gradients are reduced in."""
     working: int
@@ -157,7 +156,6 @@ class _Layout:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             live = stack.enter_context(
                 _LiveStorages(
-                    tokens=tokens,
                     vocab_size=config.vocab_size,
                     exchanged=tokens * config.num_experts_per_tok // training.expert_parallel_size,
                 )
@@ -173,7 +171,6 @@ class _Layout:
             elif bf16 and not self.zero_stage:
                 forward: Any = torch.autocast("cpu", torch.bfloat16)(model.forward)
                 model.forward = convert_outputs_to_fp32(forward)
-            model.loss_function = SequenceLosses()
             if training.gradient_checkpointing:
                 model.gradient_checkpointing_enable()
             for number, layer in enumerate(model.model.layers):
@@ -229,7 +226,7 @@ class _Layout:
             live.fullest.clear()
             live.phase = live.stretch = "forward"
             inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "labels": ids}
-            loss = model(**inputs, use_cache=False).loss
+            loss = model(**inputs, use_cache=False, skip_logits=True, output_token_losses=True).loss
             live.phase, live.stretch = "backward", "loss"
             loss.backward()
 
@@ -302,7 +299,7 @@ class _LiveStorages(TorchDispatchMode):
     """Adds up the storages that are alive, by what they are for.
 
     Args:
-        tokens, vocab_size: a tensor that ends in the vocabulary, and has so many rows or more, is one of `logits`.
+        vocab_size: a tensor that ends in it is one of `logits`.
         exchanged: tokens that a device sends to, and receives from, other devices in a layer: the one number that
             the model asks of data.
 
@@ -312,9 +309,9 @@ class _LiveStorages(TorchDispatchMode):
         fullest: bytes by what they are for, when most were alive in each stretch.
     """
 
-    def __init__(self, *, tokens: int, vocab_size: int, exchanged: int) -> None:
+    def __init__(self, *, vocab_size: int, exchanged: int) -> None:
         super().__init__()
-        self._tokens, self._vocab_size, self._exchanged = tokens, vocab_size, exchanged
+        self._vocab_size, self._exchanged = vocab_size, exchanged
         self._storages: dict[int, tuple[int, str]] = {}
         self._alive: Counter[str] = Counter()
         self.fullest: dict[str, Counter[str]] = {}
@@ -356,6 +353,9 @@ class _LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             return self._exchanged
+        if function is torch.ops.aten.nonzero.default:  # of the labels: all tokens bear loss
+            function, args, kwargs = torch.ops.aten.new_empty.default, (args[0], [args[0].numel(), args[0].dim()]), {}
+            kwargs["dtype"] = torch.int64
         if function is torch.ops.aten._grouped_mm.default:  # its own shapes are for bf16 alone
             result = _grouped_mm_shape(*args, **(kwargs or {}))
         else:
@@ -364,8 +364,7 @@ class _LiveStorages(TorchDispatchMode):
             if isinstance(tensor, DTensor):
                 tensor = tensor.to_local()
             if isinstance(tensor, Tensor):
-                rows = tensor.numel() // self._vocab_size
-                logits = tensor.shape[-1:] == (self._vocab_size,) and rows >= self._tokens
+                logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocab_size
                 self._count(tensor.untyped_storage(), "logits" if logits else self.phase)
         return result
 

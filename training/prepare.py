@@ -36,13 +36,13 @@ from ..data import (
     train_tokenizer,
     write_json,
 )
-from ..modeling import MoEForCausalLM
+from ..modeling import BLOCK_CAUSAL, MoEForCausalLM
 from .checkpoints import Checkpoint, Checkpoints
 from .distribution import Distribution, distribute
 from .flops import training_flops_per_token
 from .optimization import build_schedule
+from .panels import check_trackers
 from .run_directory import RunDirectory
-from .step_metrics import SequenceLosses
 
 # What a resumed run may change of a configuration: how it balances, and what only generation reads.
 _FREE = {*vars(BalancingSettings()), "use_cache", "output_router_logits"}
@@ -69,7 +69,6 @@ class Prepared:
     """The model without its weights: what is saved is written through it, while training has the model."""
     parameters: int
     flops_per_token: float
-    sequence_losses: SequenceLosses
     schedule: torch.optim.lr_scheduler.LRScheduler
     resumed: dict[str, Any] | None
     """The state of the checkpoint the run goes on from; `None` at the beginning."""
@@ -88,6 +87,7 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
         CheckpointError: there are checkpoints to resume from, and none is whole.
     """
     config = read_config(settings[0])
+    check_trackers(settings[2].trackers)
     check_expert_parallel_sizes(settings[2].expert_parallel_sizes, config.num_experts)
     assert settings[2].output_dir is not None
     run = RunDirectory(settings[2].output_dir, resume=settings[2].resume)
@@ -129,6 +129,8 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
         checkpoint = broadcast_object_list([checkpoints.newest() if accelerator.is_main_process else None])[0]
         set_seed(training.seed)
         model = build_model(config, checkpoint)
+        if accelerator.device.type == "cpu" and not training.compile:
+            model.set_attn_implementation(BLOCK_CAUSAL)
         parameters = model.num_parameters()  # before any of them is sharded
         flops_per_token = training_flops_per_token(model, config, data.block_size)
         with torch.device("meta"):
@@ -149,7 +151,6 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
             stack.enter_context(run.locked())
 
     model, optimizer = distribution.model, distribution.torch_optimizer
-    model.loss_function = sequence_losses = SequenceLosses()
     model.balancer.expert_parallel_sizes = training.expert_parallel_sizes
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -175,7 +176,6 @@ def prepare(settings: RunSettings, stack: ExitStack) -> Prepared:
         shell=shell,
         parameters=parameters,
         flops_per_token=flops_per_token,
-        sequence_losses=sequence_losses,
         schedule=schedule,
         resumed=state,
     )

@@ -1,6 +1,6 @@
 """What the steps since the last logging step came to, summed on the device and read once.
 
-`B` sequences, `T` positions, `V` vocabulary, `L` MoE layers, `E` experts.
+`B` sequences, `T` positions, `L` MoE layers, `E` experts.
 """
 
 from typing import Any
@@ -11,36 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..balancing import Balancer
+from ..data import IGNORE_INDEX
 from ..modeling import MoECausalLMOutput
-
-
-class SequenceLosses:
-    """The language-model loss of Transformers, that also remembers each sequence's: for `model.loss_function`.
-
-    Attributes:
-        sums: float `[B]`, nats over the positions of each sequence, of the last forward pass.
-        counts: int64 `[B]`, its positions that bear loss.
-    """
-
-    sums: Tensor
-    counts: Tensor
-
-    def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Tensor,
-        **_: Any,
-    ) -> Tensor:
-        """Loss of `logits` `[B, T, V]` and `labels` `[B, T]`, shifted here, summed and divided by
-        `num_items_in_batch`."""
-        targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().view(-1, vocab_size), targets.reshape(-1), ignore_index=-100, reduction="none"
-        ).view(targets.shape)
-        self.sums, self.counts = losses.detach().sum(-1), targets.ne(-100).sum(-1)
-        return losses.sum() / num_items_in_batch
 
 
 class StepMetrics:
@@ -62,17 +34,21 @@ class StepMetrics:
         self._micro_batches = 0
         self._steps = 0
 
-    def add_micro_batch(self, outputs: MoECausalLMOutput, losses: SequenceLosses, domain: Tensor) -> None:
+    def add_micro_batch(self, outputs: MoECausalLMOutput, labels: Tensor, domain: Tensor) -> None:
         """Take in one forward pass of this process.
 
         Args:
+            outputs: with `token_losses`.
+            labels: int64 `[B, T]`.
             domain: int64 `[B]`, each sequence's.
         """
         assert outputs.lm_loss is not None
+        assert outputs.token_losses is not None
         values = {"lm_loss": outputs.lm_loss, **(outputs.aux_losses or {})}
         if outputs.aux_loss is not None:
             values["aux_loss"] = outputs.aux_loss.detach()
-        self._this_step.append((values, torch.stack([losses.sums, losses.counts]).double(), domain))
+        losses, counts = outputs.token_losses.double().sum(-1), labels[:, 1:].ne(IGNORE_INDEX).sum(-1)
+        self._this_step.append((values, torch.stack([losses, counts]), domain))
 
     def step_loss(self) -> Tensor:
         """This process' share of the language-model loss of the step so far."""
@@ -147,4 +123,4 @@ class StepMetrics:
         self._micro_batches, self._steps = state["micro_batches"], state["steps"]
 
 
-__all__ = ["SequenceLosses", "StepMetrics"]
+__all__ = ["StepMetrics"]

@@ -13,43 +13,13 @@ from training_runs import ARCHITECTURE, lines, settings, train_in_process, writt
 
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.configuration import DataSettings, parse_run_settings
-from equipoise.data import IGNORE_INDEX, load_tokenizer, open_corpus
+from equipoise.data import load_tokenizer, open_corpus
 from equipoise.training import train
 from equipoise.training.flops import peak_flops, training_flops_per_token
 from equipoise.training.panels import TENSORBOARD_LAYOUT, panels
 from equipoise.training.phases import PHASES, PhaseTimes
-from equipoise.training.step_metrics import SequenceLosses
 
 Make = Callable[..., MoEConfig]
-
-
-def test_the_loss_is_transformers_own_and_that_of_each_sequence(tiny_config: Make) -> None:
-    torch.manual_seed(0)
-    model = MoEForCausalLM(tiny_config(balancing_mode="none")).train()
-    ids = torch.randint(2, 64, (3, 16))
-    labels = ids.clone()
-    labels[1, 5:] = IGNORE_INDEX
-    labels[2] = IGNORE_INDEX
-    items = labels[:, 1:].ne(IGNORE_INDEX).sum()
-    stock = model(ids, labels=labels, num_items_in_batch=items, use_cache=False)
-    stock.loss.backward()
-    gradient = model.lm_head.weight.grad.clone()
-    model.zero_grad()
-
-    model.loss_function = losses = SequenceLosses()
-    ours = model(ids, labels=labels, num_items_in_batch=items, use_cache=False)
-    ours.loss.backward()
-    torch.testing.assert_close(ours.loss, stock.loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(model.lm_head.weight.grad, gradient, rtol=1e-5, atol=1e-8)
-    assert losses.counts.tolist() == [15, 4, 0]
-    logits = ours.logits.detach().double().log_softmax(-1)
-    for row in range(3):
-        expected = -sum(
-            logits[row, position, labels[row, position + 1]]
-            for position in range(15)
-            if labels[row, position + 1] != IGNORE_INDEX
-        )
-        assert losses.sums[row].item() == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch_domains", ["mixed", "single"])
