@@ -8,9 +8,11 @@ TensorBoard, trackio and others put what stands before the first `/` into one pa
   `step_seconds/<phase>`.
 """
 
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 PANEL_OF = {
     "lm_loss": "loss",
@@ -30,7 +32,8 @@ WORST_WHERE_SMALLEST = ("load_entropy", "smallest_share")
 TENSORBOARD_LAYOUT = {
     "Loss": {
         "Language-model loss by domain": ["Multiline", ["loss_by_domain/.*"]],
-        "Language-model loss and what balancing adds": ["Multiline", ["loss/.*"]],
+        "Language-model loss": ["Multiline", ["loss/lm_loss"]],
+        "What balancing adds, and its terms without coefficients": ["Multiline", ["loss/(?!lm_loss).*"]],
     },
     "Balance by layer": {
         "MaxVio of the global batch": ["Multiline", ["max_vio_batch_by_layer/.*"]],
@@ -48,10 +51,31 @@ TENSORBOARD_LAYOUT = {
 }
 
 
+def check_trackers(names: list[str]) -> None:
+    """
+    Raises:
+        ValueError: Accelerate knows no such tracker; or its package is missing, and Accelerate would leave it out
+            without a word.
+    """
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            raise ValueError(
+                f"trackers must be among those that Accelerate finds installed ({', '.join(installed) or 'none'}); "
+                f"got {name}"
+            )
+
+
 def start_trackers(accelerator: Accelerator, settings: dict[str, Any]) -> None:
-    """Start the trackers that the Accelerator was made with, with the run's settings and TensorBoard's charts."""
+    """Start the trackers that the Accelerator was made with, with the run's settings and TensorBoard's charts.
+
+    Args:
+        settings: all of the run's, `output_dir` among them.
+    """
     scalars = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
-    accelerator.init_trackers("equipoise", config=scalars)
+    # By itself trackio would give a run that is resumed another name each time.
+    names = {"trackio": {"name": Path(settings["output_dir"]).resolve().name, "resume": "allow"}}
+    accelerator.init_trackers("equipoise", config=scalars, init_kwargs=names)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard" and accelerator.is_main_process:
             tracker.writer.add_custom_scalars(TENSORBOARD_LAYOUT)
@@ -74,4 +98,4 @@ def panels(record: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-__all__ = ["panels", "start_trackers"]
+__all__ = ["check_trackers", "panels", "start_trackers"]
