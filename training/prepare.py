@@ -42,7 +42,6 @@ from .distribution import Distribution, distribute
 from .flops import training_flops_per_token
 from .optimization import build_schedule
 from .panels import check_trackers
-from .panels import check_trackers
 from .run_directory import RunDirectory
 
 # What a resumed run may change of a configuration: how it balances, and what only generation reads.
