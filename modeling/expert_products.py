@@ -7,6 +7,7 @@ size, `F` expert width.
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from .matrix_products import product
 
 BLOCK = 512
 """Most tokens that go through an expert at once."""
+FEW = 32
+"""Tokens for an expert, on average, up to which they go through whole layers rather than blocks; in fp32, whose blocks
+go by the faster library."""
 # A process may hold this file several times: the package's own, and copies that travelled with weights.
 NAMESPACE = re.sub(r"\W", "_", __name__)
 silu, silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
@@ -120,8 +124,10 @@ def gated_experts(
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return _operator(hidden, experts, weights, gate_up, down, dtype)[0]
     order, loads = _sort_by_expert(experts, len(gate_up))
-    compute = _few if len(order) <= ROWS * len(gate_up) else _blockwise
-    return compute(hidden, weights, gate_up, down, dtype, order, loads.tolist())
+    gate_up, down = gate_up.detach(), down.detach()  # whose views cost less
+    if len(order) <= (FEW if dtype == torch.float32 else 2 * FEW) * len(gate_up):
+        return _few(hidden, weights, gate_up, down, dtype, order, loads)
+    return _blockwise(hidden, weights, gate_up, down, dtype, order, loads.tolist())
 
 
 def _blockwise(
@@ -155,31 +161,35 @@ def _blockwise(
 
 
 def _few(
-    hidden: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    dtype: torch.dtype,
-    order: Tensor,
-    loads: list[int],
+    hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, dtype: torch.dtype, order: Tensor, loads: Tensor
 ) -> Tensor:
     """As `_blockwise`, where experts have so few tokens that the number of operators counts, as in decoding."""
-    chosen = [expert for expert, load in enumerate(loads) if load]
-    sizes = [loads[expert] for expert in chosen]
-    held = order[: sum(sizes)]
+    ends = loads.cumsum(0, dtype=torch.int32)
+    held = order[: int(ends[-1])]
     tokens = held // weights.shape[-1]
-    inputs = hidden.to(dtype)[tokens]
-    projected, found = inputs.new_empty(len(held), gate_up.shape[1]), torch.empty_like(inputs)
-
-    def multiply(matrices: Tensor, rows: Tensor, out: Tensor) -> None:
-        for expert, a, b in zip(chosen, rows.split(sizes), out.split(sizes), strict=True):
-            torch.mm(a, matrices[expert].to(dtype), out=b)
-
-    multiply(gate_up.mT, inputs, projected)
-    gate, up = projected.chunk(2, dim=-1)
-    multiply(down.mT, F.silu(gate).mul_(up).mul_(weights.flatten()[held, None]), found)
+    if 8 * len(order) > len(loads) and down.dtype == dtype and fits_grouped_mm(down, dtype):
+        multiply = partial(F.grouped_mm, offs=ends)
+    else:
+        multiply = partial(_one_by_one, loads=loads.tolist())
+    gate, up = multiply(hidden.to(dtype)[tokens], gate_up.mT).chunk(2, dim=-1)
+    found = multiply(F.silu(gate).mul_(up).mul_(weights.flatten()[held, None]), down.mT)
     output = torch.zeros_like(hidden, dtype=torch.promote_types(dtype, torch.float32))
     return output.index_add_(0, tokens, found.to(output.dtype)).to(hidden.dtype)
+
+
+def _one_by_one(rows: Tensor, matrices: Tensor, loads: list[int]) -> Tensor:
+    """The product of each expert's rows with its matrix, one operator each."""
+    found = rows.new_empty(len(rows), matrices.shape[-1])
+    chosen = [expert for expert, load in enumerate(loads) if load]
+    sizes = [loads[expert] for expert in chosen]
+    for expert, a, out in zip(chosen, rows.split(sizes), found.split(sizes), strict=True):
+        torch.mm(a, matrices[expert].to(rows.dtype), out=out)
+    return found
+
+
+def fits_grouped_mm(matrices: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped product takes them: no double, and rows of 16 bytes or a multiple."""
+    return dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in matrices.shape[1:])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gated_experts", mutates_args=(), device_types="cpu")

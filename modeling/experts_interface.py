@@ -17,7 +17,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from .expert_products import gated_experts
+from .expert_products import fits_grouped_mm, gated_experts
 
 NAME = "equipoise"
 
@@ -45,7 +45,7 @@ def equipoise_experts_forward(
         if experts.is_transposed:
             gate_up, down = gate_up.mT, down.mT
         return gated_experts(hidden_states, top_k_index, top_k_weights, gate_up, down, dtype)
-    if device == "cpu" and not _fits_grouped_mm(experts, dtype):
+    if device == "cpu" and not fits_grouped_mm(experts.down_proj, dtype):
         eager = inspect.unwrap(type(experts).forward)
         return eager(experts, hidden_states, top_k_index, top_k_weights)
     forward = grouped_mm_experts_forward
@@ -75,11 +75,6 @@ def _gated_by_silu(experts: Any) -> bool:
         and type(experts)._apply_gate is _default_apply_gate
         and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
     )
-
-
-def _fits_grouped_mm(experts: Any, dtype: torch.dtype) -> bool:
-    """No double, and rows of 16 bytes or a multiple."""
-    return dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in experts.down_proj.shape[1:])
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, equipoise_experts_forward)
