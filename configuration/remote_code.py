@@ -35,12 +35,16 @@ MODULES = (
     "balancing/quantile.py",
     "balancing/synchronizer.py",
     "modeling/adapters.py",
+    "modeling/block_causal_attention.py",
     "modeling/expert_products.py",
     "modeling/experts.py",
     "modeling/experts_interface.py",
     "modeling/fused_head.py",
+    "modeling/linear.py",
+    "modeling/linear_cross_entropy.py",
     "modeling/matrix_products.py",
     "modeling/modeling_moe.py",
+    "modeling/norm.py",
     "modeling/router.py",
 )
 

@@ -26,12 +26,11 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.glm4_moe.modeling_glm4_moe import (
-    Glm4MoeMLP,
-    Glm4MoeRMSNorm,
     Glm4MoeRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
+from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -48,7 +47,9 @@ from .block_causal_attention import BLOCK_CAUSAL
 from .experts import MoEExperts
 from .experts_interface import NAME as EXPERTS_IMPLEMENTATION
 from .fused_head import DecoderRouting, balanced
+from .linear import MoELinear, MoEMLP
 from .linear_cross_entropy import liger_cross_entropy, liger_is_there, linear_cross_entropy, plain_weight
+from .norm import MoERMSNorm
 from .router import KeptSelection, MoERouter
 
 # GLM-4-MoE's parts are the general ones: any RoPE scaling, partial rotary, RMSNorm, gated MLP of any width.
@@ -72,11 +73,11 @@ class MoEAttention(nn.Module):
 
         query_width = config.num_attention_heads * self.head_dim
         key_value_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
-        norm = (lambda: Glm4MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)) if config.use_qk_norm else nn.Identity
+        self.q_proj = MoELinear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = MoELinear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        self.v_proj = MoELinear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        self.o_proj = MoELinear(query_width, config.hidden_size, bias=config.attention_bias)
+        norm = (lambda: MoERMSNorm(self.head_dim, eps=config.rms_norm_eps)) if config.use_qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
 
     def forward(
@@ -94,7 +95,9 @@ class MoEAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
 
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        partial = position_embeddings[0].shape[-1] < self.head_dim
+        rotate = apply_partial_rotary_pos_emb if partial else apply_rotary_pos_emb
+        query, key = rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -123,7 +126,7 @@ class MoEBlock(nn.Module):
         self.experts = MoEExperts(config)
         self.shared_experts = None
         if config.num_shared_experts:
-            self.shared_experts = Glm4MoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
+            self.shared_experts = MoEMLP(config, config.num_shared_experts * config.moe_intermediate_size)
 
     def forward(
         self, hidden_states: Tensor, kept_selection: KeptSelection | None = None
@@ -149,9 +152,9 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = MoEAttention(config, layer_idx)
         dense = layer_idx < config.first_k_dense_replace
-        self.mlp = Glm4MoeMLP(config) if dense else MoEBlock(config)
-        self.input_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MoEMLP(config) if dense else MoEBlock(config)
+        self.input_layernorm = MoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -304,7 +307,7 @@ class MoEModel(MoEPreTrainedModel):
         # No padding_idx: masks keep padding out, and a pad token that is also bos must learn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MoEDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
-        self.norm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = MoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Glm4MoeRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
