@@ -134,6 +134,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     # The share comes after the product: before, fp16 might lose it.
                     of_weight = multiply((states * bears_loss).mT.contiguous(), gradient)
                     weight_gradient.addcmul_(of_weight.to(weight_gradient.dtype), share.to(weight_gradient.dtype))
+                    del of_weight
+                del logits, probabilities, gradient  # before there are the next chunk's
         if weight_gradient is not None:
             weight_gradient = weight_gradient.mT.to(weight.dtype)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
