@@ -104,7 +104,7 @@ def step_memory(
 
     Taken for granted: packed documents, so that attention has a mask; gradients that are all there at the fullest
     moment, as when they are accumulated; under expert parallelism, devices that receive as many tokens as they send.
-    Attention is the CPU's, which keeps what fused attention on other devices keeps.
+    Attention is torch's fused one; `block_causal`, which training takes on CPUs, keeps less.
 
     Not counted: what an allocator loses in rounding and fragments, the communication library's buffers, kernels'
     workspaces, the device's own context.
@@ -163,7 +163,9 @@ class _Layout:
             stack.enter_context(live.sharding())
             with torch.device("cpu"):
                 dtype = torch.bfloat16 if self.zero_stage else torch.float32
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+                # As on a GPU: what takes the place of this on CPUs needs less.
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="grouped_mm")
+                model.train()
             if training.expert_parallel_size > 1:
                 _shard_experts(model, *meshes, bf16=bf16)
             elif training.sharding != "none":
