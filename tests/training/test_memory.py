@@ -20,6 +20,7 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 from equipoise import MoEConfig, MoEForCausalLM
 from equipoise.configuration import TrainingSettings, model_size, parse_run_settings
 from equipoise.integrations import shard, shard_experts, sharding_mesh
+from equipoise.modeling import modeling_moe
 from equipoise.training import memory, prepare, train
 from equipoise.training.memory import StepMemory, step_memory
 from equipoise.training.prepare import read_config
@@ -103,6 +104,7 @@ def test_a_step_of_one_process(mixed_precision: str, gradient_checkpointing: boo
 def train_and_measure(rank: int, world_size: int, flags: list[str]) -> int:
     with (
         patch.object(prepare, "BLOCK_CAUSAL", "sdpa"),  # attention as the estimate has it, that of other devices
+        patch.object(modeling_moe, "EXPERTS_IMPLEMENTATION", "grouped_mm"),  # likewise
         launched(rank, world_size),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
     ):
