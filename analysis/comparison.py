@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
+from .architecture import Architecture
 from .measurement import RunInput
 from .palette import RUNS
 
@@ -59,7 +60,7 @@ def comparable(runs: Sequence[RunInput]) -> tuple[list[RunInput], list[str]]:
 
 def _differences(runs: Sequence[RunInput]) -> list[str]:
     notes = []
-    configs = [AutoConfig.from_pretrained(run.model) for run in runs]
+    shapes = [Architecture.read(run.model) for run in runs]
     vocabularies = {_vocabulary(run) for run in runs}
     if len(vocabularies) > 1:
         notes.append(
@@ -71,12 +72,12 @@ def _differences(runs: Sequence[RunInput]) -> list[str]:
         "num_experts": "number of experts",
         "num_experts_per_tok": "experts of a token",
     }.items():
-        values = [getattr(config, name) for config in configs]
+        values = [getattr(shape, name) for shape in shapes]
         if len(set(values)) > 1:
             notes.append(
                 f"The {words} differs ({_by_run(runs, values)}): MaxVio, entropy and bits have other largest values."
             )
-    scoring = [config.scoring_func for config in configs]
+    scoring = [shape.scoring_func for shape in shapes]
     if len(set(scoring)) > 1:
         notes.append(
             f"The routers score differently ({_by_run(runs, scoring)}). Scores are divided by their sum before their "

@@ -8,16 +8,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..configuration import BalancingSettings, MoEConfig
+from ..configuration import BalancingFields
 from ..data import evaluation_windows
+from .architecture import Architecture, load_model, new_model
 from .coactivation import CoActivation
 from .router_confidence import RouterConfidence
 from .router_saturation import Saturation, measure_saturation
@@ -72,7 +74,7 @@ class Measurement:
     name: str
     model: Path
     data: Path | None
-    config: MoEConfig
+    architecture: Architecture
     record: RunRecord
     block_size: int
     settings: MeasurementSettings
@@ -128,18 +130,18 @@ class Measurer:
         each earlier checkpoint.
 
         Raises:
-            ValueError: a setting is not positive, the documents hold no text, or the model is none of ours.
+            ValueError: a setting is not positive, the documents hold no text, or the model has no routers.
         """
         settings = self.settings
         tokenizer = AutoTokenizer.from_pretrained(run.model)
         windows = evaluation_windows(run.documents, tokenizer, run.block_size)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(run.model).to(device)
-        config = model.config
-        layers = tuple(layer for layer in self.layers if layer < config.num_moe_layers)
-        sizes = {"num_layers": config.num_moe_layers, "num_experts": config.num_experts}
+        model = load_model(run.model).to(device)
+        shape = Architecture.of(model)
+        layers = tuple(layer for layer in self.layers if layer < shape.num_moe_layers)
+        sizes = {"num_layers": shape.num_moe_layers, "num_experts": shape.num_experts}
         tokens, pairs = TokenCounts(windows, **sizes), CoActivation(**sizes)
-        confidence = RouterConfidence(windows, num_layers=config.num_moe_layers)
+        confidence = RouterConfidence(windows, num_layers=shape.num_moe_layers)
         sample = TextSample(windows, num_tokens=self.num_tokens, layers=layers)
         trace = trace_windows(
             model,
@@ -155,7 +157,7 @@ class Measurer:
             name=run.name,
             model=run.model,
             data=run.data,
-            config=config,
+            architecture=shape,
             record=run.record,
             block_size=run.block_size,
             settings=settings,
@@ -170,16 +172,16 @@ class Measurer:
             confidence=confidence,
             texts=sample.texts(run.documents, tokenizer),
             text_layers=layers,
-            untrained=self._trace_untrained(config, windows, run.name, device) if settings.untrained else None,
+            untrained=self._trace_untrained(model.config, windows, run.name, device) if settings.untrained else None,
             saturation=saturation,
         )
 
-    def _trace_untrained(self, config: MoEConfig, windows: Dataset, name: str, device: str) -> RoutingTrace:
-        key = _architecture(config) + _content(windows)
+    def _trace_untrained(self, config: PreTrainedConfig, windows: Dataset, name: str, device: str) -> RoutingTrace:
+        key = _initial_routing(config) + _content(windows)
         if key not in self._untrained:
             with torch.random.fork_rng():
                 torch.manual_seed(self.settings.seed)
-                model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(device)
+                model = new_model(copy.deepcopy(config)).to(device)
             self._untrained[key] = trace_windows(
                 model, windows, batch_size=self.settings.batch_size, description=f"{name}: untrained"
             )
@@ -190,10 +192,11 @@ def _named(favourites: list[list[tuple[int, float]]], tokenizer: PreTrainedToken
     return [[(token_name(tokenizer, token), share) for token, share in expert] for expert in favourites]
 
 
-def _architecture(config: MoEConfig) -> str:
+def _initial_routing(config: PreTrainedConfig) -> str:
     """What of a configuration decides over the routing of an untrained model."""
     fields = json.loads(config.to_json_string(use_diff=False))
-    for name in (*vars(BalancingSettings.of(config)), "transformers_version", "_name_or_path", "auto_map"):
+    balancing = [field.name for field in dataclass_fields(BalancingFields)]
+    for name in (*balancing, "transformers_version", "_name_or_path", "auto_map"):
         fields.pop(name, None)
     return json.dumps(fields, sort_keys=True)
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from tqdm.auto import tqdm
 
-from ..configuration import model_size
+from ..configuration import BalancingSettings
 from ..data import write_whole
 from .balance_charts import (
     CELLS,
@@ -217,7 +217,7 @@ def _glance(runs: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 run.name,
-                run.config.balancing_mode,
+                UNKNOWN if run.architecture.balancing is None else run.architecture.balancing.balancing_mode,
                 _decimal(run.record.training.get("lm_loss_end")),
                 _decimal(_bits_per_byte(run)),
                 f"{float(mean.bits):.3f}" + (f" ± {error:.3f}" if error == error else ""),
@@ -267,24 +267,25 @@ def _facts(runs: Sequence[Measurement]) -> list[Fact]:
 
 
 def _facts_of(run: Measurement) -> dict[str, str]:
-    config, settings, training, data = run.config, run.record.settings, run.record.training, run.record.data
-    size = model_size(config)
-    shared = f", {config.num_shared_experts} shared" if config.num_shared_experts else ""
+    shape, settings, training, data = run.architecture, run.record.settings, run.record.training, run.record.data
+    active = f", of which {_short(shape.active_parameters)} act on a token" if shape.active_parameters else ""
+    shared = f", {shape.num_shared_experts} shared" if shape.num_shared_experts else ""
+    width = f"width {shape.moe_intermediate_size:,}; " if shape.moe_intermediate_size else ""
     blocks = settings.get("global_batch_size")
     accumulation, processes = training.get("gradient_accumulation_steps"), training.get("world_size")
     start, end = training.get("lm_loss_start"), training.get("lm_loss_end")
     documents = sum(domain.get("documents") or 0 for domain in data.values())
     weight = sum(domain.get("bytes") or 0 for domain in data.values())
     return {
-        "Parameters": f"{_short(size.total)}, of which {_short(size.active)} act on a token",
-        "Layers": f"{config.num_hidden_layers}, {config.num_moe_layers} with experts; "
-        f"hidden size {config.hidden_size:,}",
-        "Experts in a layer": f"{config.num_experts}, {config.num_experts_per_tok} per token{shared}; width "
-        f"{config.moe_intermediate_size:,}; {config.scoring_func} scores",
-        "Balancing": _balancing(config),
+        "Model": shape.family,
+        "Parameters": f"{_short(shape.parameters)}{active}",
+        "Layers": f"{shape.num_hidden_layers}, {shape.num_moe_layers} with experts; hidden size {shape.hidden_size:,}",
+        "Experts in a layer": f"{shape.num_experts}, {shape.num_experts_per_tok} per token{shared}; {width}"
+        f"{shape.scoring_func} scores",
+        "Balancing": UNKNOWN if shape.balancing is None else _balancing(shape.balancing),
         "Domains": ", ".join(data) if data else ", ".join(training.get("domains", [])) or UNKNOWN,
         "Training text": f"{documents:,} documents, {weight / 1e6:,.1f} MB" if documents else UNKNOWN,
-        "Vocabulary": f"{config.vocab_size:,} tokens",
+        "Vocabulary": f"{shape.vocab_size:,} tokens",
         "Steps": _count(training.get("steps", run.record.status.get("step"))),
         "Tokens seen": _count(training.get("tokens")),
         "Global batch": f"{blocks} blocks of {settings['block_size']} tokens: {processes} processes x "
@@ -307,20 +308,20 @@ def _facts_of(run: Measurement) -> dict[str, str]:
     }
 
 
-def _balancing(config: Any) -> str:
-    mode = config.balancing_mode
+def _balancing(balancing: BalancingSettings) -> str:
+    mode = balancing.balancing_mode
     if mode == "none":
         return "none"
     if mode == "loss_free":
-        rate = "default" if config.bias_update_rate is None else f"{config.bias_update_rate:g}"
-        text = f"loss_free: bias updates by {config.bias_update_rule}, rate {rate}"
+        rate = "default" if balancing.bias_update_rate is None else f"{balancing.bias_update_rate:g}"
+        text = f"loss_free: bias updates by {balancing.bias_update_rule}, rate {rate}"
     else:
-        text = f"{mode}: loss with coefficient {config.router_aux_loss_coef:g}"
+        text = f"{mode}: loss with coefficient {balancing.router_aux_loss_coef:g}"
         if mode == "global_batch":
-            text += f", load estimate {config.load_estimate}"
-    if config.complementary_balancing_mode != "none":
-        text += f"; beside it {config.complementary_balancing_mode} with {config.complementary_aux_loss_coef:g}"
-    return text + ("; changed by a schedule" if config.balancing_schedule else "")
+            text += f", load estimate {balancing.load_estimate}"
+    if balancing.complementary_balancing_mode != "none":
+        text += f"; beside it {balancing.complementary_balancing_mode} with {balancing.complementary_aux_loss_coef:g}"
+    return text + ("; changed by a schedule" if balancing.balancing_schedule else "")
 
 
 def _method(runs: Sequence[Measurement]) -> str:

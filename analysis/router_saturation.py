@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .architecture import load_model
 from .routing_trace import routed_batches
 
 TOKENS = 16_384
@@ -46,7 +47,7 @@ def measure_saturation(
     final = _selections(model, sample, batch_size)
     shares = []
     for _, folder in tqdm(sorted(checkpoints.items()), desc="router saturation", unit="checkpoint", disable=None):
-        earlier = AutoModelForCausalLM.from_pretrained(folder).to(model.device)
+        earlier = load_model(folder).to(model.device)
         then = _selections(earlier, sample, batch_size)
         shares.append(_overlap(then, final).double().mean(0))
     return Saturation(steps=tuple(sorted(checkpoints)), share=torch.stack(shares), tokens=len(final))

@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, L MoE layers, E experts, K experts per token; 
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,11 +14,13 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..balancing import count_selections
 from ..data import evaluation_windows, padded_batches
+from ..integrations import RoutingRecorder
+from .architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,13 @@ def trace_routing(
     """Runs `model` over `documents` and counts the experts that it selects.
 
     Args:
-        model: a causal language model whose output holds `selected_experts`, one int64 `[B*T, K]` per MoE layer.
+        model: a causal language model with routers, ours or any of Transformers.
         documents: columns `text` and `domain`.
         block_size: the longest window, in tokens.
         batch_size: windows in one forward pass; padding that it brings is not counted.
 
     Raises:
-        ValueError: `documents` hold no text, a size is too small, or the model reports no selected experts.
+        ValueError: `documents` hold no text, a size is too small, or the model has no routers.
     """
     return trace_windows(model, evaluation_windows(documents, tokenizer, block_size), batch_size=batch_size)
 
@@ -121,18 +124,15 @@ def trace_windows(
     """
     names = windows["domain"][:]
     domains = sorted(set(names))
-    load: Tensor | None = None
+    shape = Architecture.of(model)
+    load = torch.zeros(len(windows), shape.num_moe_layers, shape.num_experts, dtype=torch.int32)
     num_tokens = torch.zeros(len(windows), dtype=torch.int64)
     for batch in routed_batches(model, windows, batch_size=batch_size, description=description):
-        counts = window_load(batch.selected_experts, model.config.num_experts, batch.mask).int().cpu()
-        if load is None:
-            load = torch.zeros(len(windows), *counts.shape[1:], dtype=torch.int32)
-        load[batch.rows] = counts
+        load[batch.rows] = window_load(batch.selected_experts, shape.num_experts, batch.mask).int().cpu()
         num_tokens[batch.rows] = batch.mask.sum(-1).cpu()
         for observer in observers:
             observer.observe(batch)
 
-    assert load is not None
     index = {name: position for position, name in enumerate(domains)}
     return RoutingTrace(
         load=load,
@@ -150,33 +150,40 @@ def routed_batches(
     """Runs `model` over windows in evaluation mode, and yields what each batch routed.
 
     Raises:
-        ValueError: there are no windows, `batch_size` is too small, or the model reports no selected experts.
+        ValueError: there are no windows, `batch_size` is too small, or the model has no routers.
     """
-    was_training = model.training
+    scoring_func = Architecture.of(model).scoring_func
+    recorder = RoutingRecorder(model)
+    with evaluating(model):
+        try:
+            for rows, batch in padded_batches(windows, batch_size, description):
+                input_ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+                with recorder.forward() as routing:
+                    # The routing is all that is read: the head need not run.
+                    model.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False)
+                router_logits, selected_experts = routing.layers(input_ids.numel())
+                yield RoutedBatch(
+                    rows=rows,
+                    input_ids=input_ids,
+                    mask=mask.bool(),
+                    router_logits=tuple(router_logits),
+                    selected_experts=tuple(selected_experts),
+                    scoring_func=scoring_func,
+                )
+        finally:
+            recorder.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for rows, batch in padded_batches(windows, batch_size, description):
-            input_ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-            output = model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                output_router_logits=True,
-                use_cache=False,
-                logits_to_keep=1,  # the routing is all that is read
-            )
-            selected = getattr(output, "selected_experts", None)
-            if not selected:
-                raise ValueError(f"model must return selected_experts; got none from {type(model).__name__}")
-            yield RoutedBatch(
-                rows=rows,
-                input_ids=input_ids,
-                mask=mask.bool(),
-                router_logits=output.router_logits,
-                selected_experts=selected,
-                scoring_func=model.config.scoring_func,
-            )
+        yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def window_load(selected_experts: tuple[Tensor, ...], num_experts: int, real: Tensor) -> Tensor:

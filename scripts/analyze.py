@@ -9,10 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, HfArgumentParser
+from transformers import HfArgumentParser
 
 import equipoise  # noqa: F401 (registers the models with the Auto classes)
-from equipoise.analysis import Measurement, MeasurementSettings, Measurer, RunInput, RunRecord, comparable, write_files
+from equipoise.analysis import (
+    Architecture,
+    Measurement,
+    MeasurementSettings,
+    Measurer,
+    RunInput,
+    RunRecord,
+    comparable,
+    write_files,
+)
 from equipoise.analysis.page import shown_layers, text_tokens, write_page
 from equipoise.configuration import trained_block_size
 from equipoise.data import read_held_out, write_whole
@@ -29,7 +38,11 @@ class AnalysisArguments:
         },
     )
     model: str | None = field(
-        default=None, metadata={"help": "A model's folder. Default: model/ of the run. Not for several runs."}
+        default=None,
+        metadata={
+            "help": "The folder of a model with routers, ours or any that Transformers has, with its "
+            "tokenizer. Default: model/ of the run. Not for several runs."
+        },
     )
     data: str | None = field(
         default=None,
@@ -70,8 +83,8 @@ def analyze(arguments: AnalysisArguments) -> None:
     """Measures every run, writes its numbers and pictures and the report of all, and prints a table of each."""
     output = find_output(arguments)
     runs, notes = comparable(find_runs(arguments))
-    configs = [AutoConfig.from_pretrained(run.model) for run in runs]
-    layers = shown_layers(max(config.num_moe_layers for config in configs))
+    shapes = [Architecture.read(run.model) for run in runs]
+    layers = shown_layers(max(shape.num_moe_layers for shape in shapes))
     measurer = Measurer(
         MeasurementSettings(
             batch_size=arguments.batch_size,
@@ -85,7 +98,7 @@ def analyze(arguments: AnalysisArguments) -> None:
             len(runs),
             max(len(run.documents.unique("domain")) for run in runs),
             len(layers),
-            max(config.num_experts_per_tok for config in configs),
+            max(shape.num_experts_per_tok for shape in shapes),
         ),
     )
     found = []

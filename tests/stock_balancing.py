@@ -29,7 +29,7 @@ def qwen3_moe(**changes: Any) -> Qwen3MoeForCausalLM:
 
 def olmoe(**changes: Any) -> OlmoeForCausalLM:
     """Softmax scores, no bias, weights that do not sum to 1."""
-    fields = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "num_key_value_heads": 2}
+    fields = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "num_key_value_heads": 2, "intermediate_size": 16}
     return _build(OlmoeForCausalLM, OlmoeConfig, fields | changes)
 
 

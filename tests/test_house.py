@@ -20,7 +20,7 @@ ARROWS = {
     "integrations": {"modeling", "balancing", "configuration"},
     "training": {"integrations", "modeling", "balancing", "data", "configuration"},
     "evaluation": {"modeling", "balancing", "data", "configuration"},
-    "analysis": {"modeling", "balancing", "data", "configuration"},
+    "analysis": {"integrations", "modeling", "balancing", "data", "configuration"},
     "hub": {"integrations", "modeling", "balancing", "data", "configuration"},
     "scripts": {
         "hub",

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from stock_balancing import EXPERTS, FAMILIES, Seen, routers_of
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from equipoise import MoEForCausalLM
 from equipoise.analysis import RoutingTrace, trace_routing
@@ -62,11 +63,31 @@ def test_refuses(model: MoEForCausalLM, tokenizer: PreTrainedTokenizerBase, docu
         trace_routing(model, tokenizer, documents, batch_size=0)
     with pytest.raises(ValueError, match="documents must hold at least one document with text; got none"):
         trace_routing(model, tokenizer, Dataset.from_list([{"text": "", "domain": "x"}]))
-    stock = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    dense = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
         )
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="model must return selected_experts; got none from Qwen3MoeForCausalLM"):
-        trace_routing(stock, tokenizer, documents.select(range(2)))
+    )
+    with pytest.raises(ValueError, match=r"model must have routers: .* got LlamaForCausalLM"):
+        trace_routing(dense, tokenizer, documents.select(range(2)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_models_are_counted_as_they_select(
+    tokenizer: PreTrainedTokenizerBase, documents: Dataset, family: str
+) -> None:
+    model = FAMILIES[family](vocab_size=len(tokenizer)).train()
+    model.lm_head.eval()  # a mode of its own, which is kept
+    trace = trace_routing(model, tokenizer, documents, block_size=24, batch_size=7)
+    assert model.training
+    assert not model.lm_head.training
+    assert not any(module._forward_hooks for module in model.modules())
+    model.eval()
+    seen = Seen(model)
+    layers = len(routers_of(model))
+    for index, window in enumerate(evaluation_windows(documents, tokenizer, 24)):
+        output = seen(input_ids=torch.tensor([window["input_ids"]]))
+        counts = torch.stack([experts.flatten().bincount(minlength=EXPERTS) for experts in output.selected_experts])
+        assert counts.shape == (layers, EXPERTS)
+        assert torch.equal(trace.load[index].long(), counts)
