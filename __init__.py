@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from .configuration import MoEConfig
 
 if TYPE_CHECKING:
+    from .analysis import inspect
     from .balancing import Balancer, LoadCountSynchronizer
     from .integrations import BalancingCallback, balance
     from .modeling import (
@@ -38,6 +39,7 @@ __all__ = [
     "MoEModel",
     "MoEPreTrainedModel",
     "balance",
+    "inspect",
 ]
 
 # name -> room that defines it
@@ -46,6 +48,7 @@ _LAZY = {name: "modeling" for name in __all__ if name.startswith("MoE")} | {
     "BalancingCallback": "integrations",
     "LoadCountSynchronizer": "balancing",
     "balance": "integrations",
+    "inspect": "analysis",
 }
 
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)

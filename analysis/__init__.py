@@ -1,7 +1,9 @@
 """What the experts do: routing traces by domain, their statistics, and the report."""
 
+from .architecture import Architecture
 from .comparison import comparable
 from .health import Finding, examine
+from .inspection import Inspection, inspect
 from .load_history import LoadHistory
 from .measurement import Measurement, MeasurementSettings, Measurer, RunInput
 from .report import analyse, write_files
@@ -18,7 +20,9 @@ from .specialisation import (
 )
 
 __all__ = [
+    "Architecture",
     "Finding",
+    "Inspection",
     "LoadHistory",
     "Measurement",
     "MeasurementSettings",
@@ -30,6 +34,7 @@ __all__ = [
     "comparable",
     "domain_divergence",
     "examine",
+    "inspect",
     "load_by_domain",
     "measure_balance",
     "measure_specialisation",

@@ -246,8 +246,8 @@ def _undecided(run: Measurement) -> Iterator[Finding]:
         layer = max(strong, key=lambda one: float(overruled[one]))
         yield Finding(
             NOTE,
-            f"The selection bias, or a limit to groups, decides much in {_layers(strong)}: in layer {layer} it overrules "
-            f"the scores of {float(overruled[layer]):.0%} of the tokens.",
+            f"The selection bias, or a limit to groups, decides much in {_layers(strong)}: in layer {layer} it "
+            f"overrules the scores of {float(overruled[layer]):.0%} of the tokens.",
             "Balance is then bought by sending tokens to experts that score lower. A smaller bias_update_rate at the "
             "end of training lets the scores catch up.",
         )
