@@ -18,13 +18,17 @@ class MoERMSNorm(Glm4MoeRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]`, in the wider of the types of `hidden_states` and the weight."""
-        plain = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not plain or is_traceable_wrapper_subclass(hidden_states) or is_traceable_wrapper_subclass(self.weight):
-            return super().forward(hidden_states)
+        weight = self.weight
         if self.training:  # with gradient or, under reentrant checkpointing and in a prepass, without: the same digits
-            return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
-        if not torch.is_grad_enabled() and hidden_states.dtype == self.weight.dtype:
-            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+            plain = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+            if (
+                plain
+                and not is_traceable_wrapper_subclass(hidden_states)
+                and not is_traceable_wrapper_subclass(weight)
+            ):
+                return _RMSNorm.apply(hidden_states, weight, self.variance_epsilon)
+        elif type(hidden_states) is Tensor and hidden_states.dtype == weight.dtype and not torch.is_grad_enabled():
+            return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
         return super().forward(hidden_states)
 
 

@@ -87,7 +87,9 @@ class MoERouter(nn.Module):
             if self.norm_topk_prob:
                 # Sigmoids may all underflow: the same guard as in Transformers' routers.
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-            return router_logits, weights * self.routed_scaling_factor, selected_experts
+            if self.routed_scaling_factor != 1:
+                weights = weights * self.routed_scaling_factor
+            return router_logits, weights, selected_experts
 
     def _limit_to_groups(self, choice: Tensor) -> Tensor:
         """Biased scores `[N, E]` with `-inf` outside each token's `topk_group` groups of largest top-2 sum
