@@ -106,7 +106,14 @@ class MatrixGradients:
 
 
 def gated_experts(
-    hidden: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, dtype: torch.dtype
+    hidden: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    dtype: torch.dtype,
+    training: bool,
 ) -> Tensor:
     """Weighted sum of each token's experts, `down(silu(gate(x)) * up(x))`; the same bits at each call.
 
@@ -117,6 +124,7 @@ def gated_experts(
         gate_up: the experts' matrices `[E, 2F, D]`, gate before up.
         down: the experts' matrices `[E, D, F]`.
         dtype: the type to compute in.
+        training: give the same bits with gradients and without, as checkpointing and the balancer's prepass need.
 
     Returns:
         `[N, D]`, in the type of `hidden`.
@@ -125,7 +133,7 @@ def gated_experts(
         return _operator(hidden, experts, weights, gate_up, down, dtype)[0]
     order, loads = _sort_by_expert(experts, len(gate_up))
     gate_up, down = gate_up.detach(), down.detach()  # whose views cost less
-    if len(order) <= (FEW if dtype == torch.float32 else 2 * FEW) * len(gate_up):
+    if not training and len(order) <= (FEW if dtype == torch.float32 else 2 * FEW) * len(gate_up):
         return _few(hidden, weights, gate_up, down, dtype, order, loads)
     return _blockwise(hidden, weights, gate_up, down, dtype, order, loads.tolist())
 

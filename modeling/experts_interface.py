@@ -44,7 +44,9 @@ def equipoise_experts_forward(
         gate_up, down = experts.gate_up_proj, experts.down_proj
         if experts.is_transposed:
             gate_up, down = gate_up.mT, down.mT
-        return gated_experts(hidden_states, top_k_index, top_k_weights, gate_up, down, dtype)
+        return gated_experts(
+            hidden_states, top_k_index, top_k_weights, gate_up, down, dtype=dtype, training=experts.training
+        )
     if device == "cpu" and not fits_grouped_mm(experts.down_proj, dtype):
         eager = inspect.unwrap(type(experts).forward)
         return eager(experts, hidden_states, top_k_index, top_k_weights)

@@ -119,7 +119,8 @@ def test_any_shape_equals_the_loop_over_experts(
         patch.setattr(expert_products, "BLOCK", block)
         close(computed(layer, "equipoise", routing, wanted), expected, TYPES[dtype])
         with torch.no_grad():
-            close([layer(*routing).double()], expected[:1], TYPES[dtype])
+            for mode in (layer.train(), layer.eval()):
+                close([mode(*routing).double()], expected[:1], TYPES[dtype])
 
 
 @pytest.mark.parametrize("held", [0, 1])
@@ -156,12 +157,15 @@ def test_a_product_is_exact_to_its_type(
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_bits_each_time(threads: int) -> None:
+    """And without gradients: the routing of a prepass, or of reentrant checkpointing, is that of the step."""
     layer = experts_layer(8, 64, 48, torch.float32)
     routing = routed(600, 4, layer, torch.float32)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         first, second = (computed(layer, "equipoise", routing) for _ in range(2))
+        with torch.no_grad():
+            assert torch.equal(layer(*routing).double(), first[0])
     finally:
         torch.set_num_threads(before)
     for one, other in zip(first, second, strict=True):
@@ -197,13 +201,16 @@ def test_autocast_computes_in_its_type(hidden_act: str) -> None:
     layer.config._experts_implementation = "equipoise"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = layer(hidden, experts, weights)
-    assert found.dtype == torch.float32
+        with torch.no_grad():
+            decoded = copy.deepcopy(layer).eval()(hidden, experts, weights)
+    assert found.dtype == decoded.dtype == torch.float32
     rounded = copy.deepcopy(layer).bfloat16()
     in_bf16 = rounded(hidden.bfloat16(), experts, weights if hidden_act == "silu" else weights.bfloat16()).float()
     exact = layer(hidden, experts, weights)
-    torch.testing.assert_close(found, in_bf16, rtol=2e-2, atol=2e-2 * exact.abs().max().item())
-    difference = (found - exact).abs().max()
-    assert difference > 1e-3 * exact.abs().max()  # of fp32 it would be 1e-6
+    for output in (found, decoded):
+        torch.testing.assert_close(output, in_bf16, rtol=2e-2, atol=2e-2 * exact.abs().max().item())
+        difference = (output - exact).abs().max()
+        assert difference > 1e-3 * exact.abs().max()  # of fp32 it would be 1e-6
 
 
 @pytest.mark.parametrize("needed", [PARTS, ("gate_up",)])
