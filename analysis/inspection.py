@@ -138,7 +138,8 @@ def inspect(
     num_experts = recorder.routers[0].num_experts
     # DDP would broadcast buffers in each forward pass, and wait for ranks that have fewer.
     called = model.module if isinstance(model, DistributedDataParallel) else model
-    taken = set(python_inspect.signature(type(causal).forward).parameters) - {"labels", "use_cache"}
+    taken = {"input_ids", "attention_mask", *python_inspect.signature(type(causal).forward).parameters}
+    taken -= {"labels", "use_cache"}
     device = next(causal.parameters()).device
     loads: list[Tensor] = []
     tokens: list[Tensor] = []

@@ -82,7 +82,8 @@ def routers_of(model: nn.Module) -> list[nn.Module]:
 
 def biases_of(model: nn.Module) -> Tensor:
     """`[L, E]`"""
-    return torch.stack([router.e_score_correction_bias for router in routers_of(model)])
+    biases: list[Any] = [router.e_score_correction_bias for router in routers_of(model)]
+    return torch.stack(biases)
 
 
 class Seen(nn.Module):

@@ -1,7 +1,9 @@
 """inspect, against counts taken without our code, and against models whose routing is known."""
 
 import json
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import equipoise
 from equipoise import MoEConfig, MoEForCausalLM
-from equipoise.analysis import trace_routing
+from equipoise.analysis import Architecture, trace_routing
 from equipoise.analysis.specialisation import measure_balance, measure_specialisation
+from equipoise.integrations import find_routers
 
+TABULATE = runpy.run_path(str(Path(__file__).parents[2] / "scripts/tabulate_stock_models.py"))
 ROWS, BATCH = 11, 4
 Row = dict[str, Any]
 
@@ -71,6 +75,39 @@ def test_the_load_of_stock_models(family: str) -> None:
         assert 0 < layer.load_entropy < 1
         assert layer.specialisation is None
     assert found.domains == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    # Routers that put out something else than most, or sit elsewhere.
+    sorted(
+        {
+            "DbrxForCausalLM",
+            "DogeForCausalLM",
+            "Gemma4ForCausalLM",
+            "GptOssForCausalLM",
+            "JetMoeForCausalLM",
+            "Llama4ForCausalLM",
+            "LongcatFlashForCausalLM",
+            "Qwen3VLMoeForConditionalGeneration",
+            "ZayaForCausalLM",
+        }
+        & set(TABULATE["families"]())
+    ),
+)
+def test_the_load_of_models_of_their_own_kind(name: str) -> None:
+    model = TABULATE["tiny_model"](name).eval()
+    try:
+        watch = TABULATE["Watch"](model, find_routers(model))
+    except ValueError as refused:
+        pytest.skip(str(refused))
+    batch = next(iter(DataLoader(rows(), ROWS)))
+    found = equipoise.inspect(model, [batch])
+    for layer, inspected in enumerate(found.layers):
+        assert inspected.load == watch.load(layer, batch["attention_mask"].bool()), layer
+    shape = Architecture.of(model)
+    assert shape.num_moe_layers == len(found.layers)
+    assert shape.active_parameters is None or 0 < shape.active_parameters < shape.parameters
 
 
 def test_without_a_mask_every_position_is_a_token() -> None:
