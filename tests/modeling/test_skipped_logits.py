@@ -44,14 +44,17 @@ def step(model: Any, **inputs: Any) -> dict[str, Any]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    if not isinstance(tensor, DTensor):
+        return tensor.clone()
+    # Tensor parallelism packs the experts in a way that torch 2.11 cannot put together: there, this rank's part.
+    return tensor.to_local().clone() if "_StridedShard" in str(tensor.placements) else tensor.full_tensor()
 
 
 def assert_alike(skipped: dict[str, Any], made: dict[str, Any], tolerance: float = 1e-5) -> None:
     assert made["logits"]
     assert not skipped["logits"]
     for name in ("loss", "lm_loss", "aux_loss"):
-        torch.testing.assert_close(skipped[name], made[name], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(skipped[name].double(), made[name].double(), rtol=tolerance, atol=tolerance)
     assert skipped["gradients"].keys() == made["gradients"].keys()
     for name, gradient in made["gradients"].items():
         allowed = tolerance * (1 + gradient.abs().max().item())
@@ -176,9 +179,4 @@ def test_heads_that_are_spread_over_processes(tiny_config: Make, tmp_path: Path,
     for results in run_processes(2, _spread, config, str(tmp_path)):
         for kind, (made, skipped) in results.items():
             assert skipped["head calls"] == (1 if kind in ("FSDP2, its own group", "tensor parallelism") else 0), kind
-            gradients = made["gradients"], skipped["gradients"]
-            if kind == "tensor parallelism":  # packed experts, which torch 2.11 cannot put together
-                for found in gradients:
-                    for name in [name for name in found if "experts" in name]:
-                        del found[name]
             assert_alike(skipped, made, 2e-2 if kind.endswith("bf16") else 1e-5)
