@@ -34,8 +34,9 @@ _COMPLETION = "\x00completion\x00"
 def export_to_harness(tasks: Sequence[tuple[Task, Sequence[Item]]], folder: str | Path) -> list[str]:
     """Writes tasks of a plan for lm-evaluation-harness 0.4.13.
 
-    Run them with `lm_eval run --include_path FOLDER --tasks equipoise_NAME`, and with `add_bos_token=True` among the
-    `--model_args`: contexts begin with the bos token here.
+    Run them with `lm_eval run --include_path FOLDER --tasks equipoise_NAME --model hf`, and among the `--model_args`
+    `add_bos_token=True`, since contexts begin with the bos token here, and `trust_remote_code=True` for a model whose
+    code lies beside its weights.
 
     `acc` is our `accuracy` and `acc_bytes` our `accuracy_per_byte`, but that a tie counts for the first choice there;
     what is generated is scored by our own metrics, of which the folder holds a copy. Scores agree where no token

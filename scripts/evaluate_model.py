@@ -132,7 +132,10 @@ def evaluate_models(arguments: EvaluationArguments) -> None:
     threads = set_num_threads(arguments.num_threads)
     if arguments.export_lm_eval is not None and state.is_main_process:
         names = export_to_harness(plan.tasks, arguments.export_lm_eval)
-        print(f"lm_eval run --include_path {arguments.export_lm_eval} --tasks {','.join(names)}")
+        print(
+            f"lm_eval run --include_path {arguments.export_lm_eval} --tasks {','.join(names)} "
+            "--model hf --model_args pretrained=MODEL,add_bos_token=True,trust_remote_code=True"
+        )
 
     measured, settings = {}, {}
     for candidate, reader, of_model in zip(candidates, readers, tokens, strict=True):
