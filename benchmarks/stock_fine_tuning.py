@@ -189,8 +189,8 @@ class Curves(TrainerCallback):
         loads = self.loads.take()
         micro = reduce(max_vio(loads).mean(), "mean")
         batch = max_vio(reduce(loads.sum(0), "sum")).mean()
-        self.max_vio_micro.append(float(micro))
-        self.max_vio_batch.append(float(batch))
+        self.max_vio_micro.append(round(float(micro), 4))
+        self.max_vio_batch.append(round(float(batch), 4))
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self.evaluate(state.global_step)
 
@@ -216,10 +216,10 @@ class Curves(TrainerCallback):
         self.evaluations.append(
             {
                 "step": step,
-                "max_vio_global": float(max_vio(load).mean()),
-                "max_vio_global_worst": float(max_vio(load).max()),
+                "max_vio_global": round(float(max_vio(load).mean()), 4),
+                "max_vio_global_worst": round(float(max_vio(load).max()), 4),
                 "dead_experts": int(dead_experts(load).sum()),
-                "cross_entropy": float(loss[0] / loss[1]),
+                "cross_entropy": round(float(loss[0] / loss[1]), 4),
             }
         )
 
@@ -257,8 +257,8 @@ def train(
         "seed": seed,
         "before": curves.evaluations[0],
         "after": curves.evaluations[-1],
-        "max_vio_batch_late": mean(curves.max_vio_batch[late]),
-        "max_vio_micro_late": mean(curves.max_vio_micro[late]),
+        "max_vio_batch_late": round(mean(curves.max_vio_batch[late]), 4),
+        "max_vio_micro_late": round(mean(curves.max_vio_micro[late]), 4),
         "evaluations": curves.evaluations,
         "max_vio_batch": curves.max_vio_batch,
         "max_vio_micro": curves.max_vio_micro,
