@@ -255,7 +255,7 @@ class StockBalancer(Balancer):
                 self._biases_in_place()
             batch = self._signature.bind_partial(self.model, *args, **kwargs).arguments
             batch |= batch.pop("kwargs", {})
-            self._forward = ForwardPass(Routing(len(self.recorder.routers)), balancing, batch, bool(wanted))
+            self._forward = ForwardPass(self.recorder.blank(), balancing, batch, bool(wanted))
             self.recorder.install()
             self.recorder.routing = self._forward.routing
             for module in self._checkpointing:
@@ -430,7 +430,7 @@ class _Checkpoint(_Part):
                 output = layer(*inputs)
                 forward.checkpointed |= set(forward.routing.logits) - known
                 return output
-            again = Routing(forward.routing.num_layers)
+            again = balancer.recorder.blank()
             with balancer._recording(again):
                 output = layer(*inputs)
             deferred = [number for number in again.logits if number in forward.deferred]

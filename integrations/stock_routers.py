@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
@@ -341,11 +342,22 @@ def _find_bias(path: str, holder: nn.Module, recurse: bool = True) -> tuple[str,
     return None
 
 
+def expert_sharing_group(model: PreTrainedModel) -> dist.ProcessGroup | None:
+    """The ranks of Transformers 5.17's expert parallelism, which changes what routers put out; `None` without it."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or "ep_router" not in (model.tp_plan or {}).values():
+        return None
+    return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+
+
 @dataclass
 class Routing:
     """What the routers put out in one forward pass, by layer."""
 
     num_layers: int
+    num_experts: int
+    sharing: dist.ProcessGroup | None
+    """Ranks whose routers put out their own experts alone, numbered from 0: `expert_sharing_group`."""
     logits: dict[int, Tensor] = field(default_factory=dict)
     experts: dict[int, Tensor] = field(default_factory=dict)
 
@@ -362,7 +374,18 @@ class Routing:
         rows = {len(self.logits[layer]) for layer in layers}
         if rows != {num_tokens}:
             raise RuntimeError(f"each router must see the {num_tokens} positions of the batch; got {sorted(rows)}")
-        return [self.logits[layer] for layer in layers], [self.experts[layer] for layer in layers]
+        experts = [self.experts[layer] for layer in layers]
+        if self.sharing is not None:
+            experts = self._of_all_ranks(experts)
+        return [self.logits[layer] for layer in layers], experts
+
+    def _of_all_ranks(self, experts: list[Tensor]) -> list[Tensor]:
+        """From a rank's own experts, with one number too many for those of other ranks, to the router's selection."""
+        own = self.num_experts // dist.get_world_size(self.sharing)
+        stacked = torch.stack(experts)
+        summed = torch.where(stacked < own, stacked + own * dist.get_rank(self.sharing), 0)
+        dist.all_reduce(summed, group=self.sharing)  # each selection is some one rank's
+        return list(summed)
 
 
 class RoutingRecorder:
@@ -380,13 +403,16 @@ class RoutingRecorder:
         self._hooks = [RouterHook(self, layer) for layer in range(len(self.routers))]
         self._selection_hooks = [SelectionHook(self, layer) for layer in range(len(self.routers))]
 
+    def blank(self) -> Routing:
+        """To be put into `routing`, and filled in by a forward pass."""
+        return Routing(len(self.routers), self.routers[0].num_experts, expert_sharing_group(self.model))
+
     def install(self) -> None:
         """Hook every router that is there now: PEFT may have put others in their place since the last call."""
         for router, hook, selection_hook in zip(self.routers, self._hooks, self._selection_hooks, strict=True):
             module = unwrapped(resolve(self.model, router.path))
             if hook not in module._forward_hooks.values():
-                # In front: the hooks of tensor parallelism change what a router puts out.
-                module.register_forward_hook(hook, prepend=True)
+                module.register_forward_hook(hook, prepend=True)  # before any that changes the output
             path = router.selection_path()
             if path is not None:
                 module = unwrapped(resolve(self.model, path))
@@ -406,7 +432,7 @@ class RoutingRecorder:
             What is filled in as the routers run; `layers` reads it afterwards.
         """
         self.install()
-        self.routing = routing = Routing(len(self.routers))
+        self.routing = routing = self.blank()
         try:
             yield routing
         finally:
