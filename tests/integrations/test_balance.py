@@ -19,12 +19,20 @@ from transformers import (
 
 import equipoise
 from equipoise import MoEConfig, MoEForCausalLM
-from equipoise.balancing import CentredSignUpdate, ProportionalUpdate, SignUpdate, TanhMomentumUpdate
+from equipoise.balancing import (
+    Balancer,
+    CentredSignUpdate,
+    LoadCounts,
+    ProportionalUpdate,
+    SignUpdate,
+    TanhMomentumUpdate,
+)
 from equipoise.integrations import find_routers
 from equipoise.integrations.stock_routers import causal_language_model
 from equipoise.integrations.trainer_callback import find_balancer
 from tests.plain_loop import Routed, plain_gradient
-from tests.stock_balancing import FAMILIES, Seen, biases_of, deepseek_v3, qwen3_moe, routers_of
+from tests.stock_balancing import FAMILIES, Seen, biases_of, deepseek_v3, qwen3_moe
+from tests.stock_balancing import routers_of as modules_of_routers
 
 Batch = dict[str, Tensor]
 SETTINGS: dict[str, Any] = {
@@ -35,6 +43,10 @@ SETTINGS: dict[str, Any] = {
     "router_z_loss_coef": 0.01,
     "load_estimate": "running",
 }
+
+
+def routers_of(model: nn.Module) -> list[Any]:
+    return list(modules_of_routers(model))
 
 
 def micro_batch(seed: int, lengths: list[int]) -> Batch:
@@ -53,6 +65,11 @@ BATCHES = [micro_batch(1, [9, 4, 7]), micro_batch(2, [3, 9, 8])]
 def averages(steps: list[list[Routed]], number: int, rank: int) -> tuple[float, float]:
     """A loop that averages: each micro-batch's mean cross-entropy, and its share of the micro-step's tokens."""
     return 1 / len(steps) / len(steps[0]) / steps[number][rank].labels, 1 / len(steps)
+
+
+def seen(model: nn.Module, **settings: Any) -> Any:
+    """What shows `plain_gradient` its routing."""
+    return Seen(model, **settings)
 
 
 def accumulate(model: nn.Module, batches: list[Batch] = BATCHES, scale: float = 1.0) -> dict[str, Tensor]:
@@ -103,7 +120,7 @@ def test_gradient_is_that_of_the_loss_written_out(family: str, wrapping: str, fi
     layers it would be another loss; and a loss scaler's factor reaches all of it."""
     layers = 2 if wrapping == "compilation" else 3  # for time
     stock = FAMILIES[family](num_hidden_layers=layers)
-    expected = plain_gradient(Seen(stock, **SETTINGS), [[batch] for batch in BATCHES], averages)
+    expected = plain_gradient(seen(stock, **SETTINGS), [[batch] for batch in BATCHES], averages)
     model = FAMILIES[family](num_hidden_layers=layers, output_router_logits=True).train()
     if first == "wrap":
         wrapped = WRAPPINGS[wrapping](model)
@@ -113,15 +130,14 @@ def test_gradient_is_that_of_the_loss_written_out(family: str, wrapping: str, fi
         wrapped = WRAPPINGS[wrapping](model)
     assert_same(accumulate(wrapped, scale=8.0), expected)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in BATCHES)
-    assert balancer.synchronizer.running is not None
-    assert int(balancer.synchronizer.running.tokens) == tokens  # once, though hooks ran twice
+    assert int(running(balancer).tokens) == tokens  # once, though hooks ran twice
     assert find_balancer(wrapped) is balancer
 
 
 @pytest.mark.parametrize("mode", ["micro_batch", "sequence", "none"])
 def test_every_mode(mode: str) -> None:
     settings = SETTINGS | {"balancing_mode": mode, "complementary_balancing_mode": "none"}
-    expected = plain_gradient(Seen(qwen3_moe(), **settings), [[batch] for batch in BATCHES], averages)
+    expected = plain_gradient(seen(qwen3_moe(), **settings), [[batch] for batch in BATCHES], averages)
     model = qwen3_moe().train()
     equipoise.balance(model, **settings)
     assert_same(accumulate(model), expected)
@@ -134,7 +150,7 @@ def test_share_of_the_batch_where_the_loop_gives_its_labels() -> None:
         labels = sum(step[0].labels for step in steps)
         return 1 / labels, steps[number][0].labels / labels
 
-    expected = plain_gradient(Seen(qwen3_moe(), **SETTINGS), [[batch] for batch in BATCHES], shares)
+    expected = plain_gradient(seen(qwen3_moe(), **SETTINGS), [[batch] for batch in BATCHES], shares)
     model = qwen3_moe().train()
     equipoise.balance(model, **SETTINGS)
     labels = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in BATCHES)
@@ -147,14 +163,20 @@ def test_exact_load_of_the_batch_from_a_pre_pass() -> None:
     """One large batch is the oracle: its load is known from the start."""
     batches = [micro_batch(3, [6, 6]), micro_batch(4, [6, 6])]
     both = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    settings = {"router_aux_loss_coef": 0.5}
-    expected = plain_gradient(Seen(qwen3_moe(), balancing_mode="global_batch", **settings), [[both]], averages)
+    settings: dict[str, Any] = {"router_aux_loss_coef": 0.5}
+    expected = plain_gradient(seen(qwen3_moe(), balancing_mode="global_batch", **settings), [[both]], averages)
     model = checkpointed(qwen3_moe(), reentrant=True).train()
     balancer = equipoise.balance(model, load_estimate="exact", **settings)
     with balancer.prepass():
         for batch in batches:
             model(**batch)
     assert_same(accumulate(model, batches), expected)
+
+
+def running(balancer: Balancer) -> LoadCounts:
+    """What was counted since the last step."""
+    assert balancer.synchronizer.running is not None
+    return balancer.synchronizer.running
 
 
 def test_evaluation_counts_nothing_adds_nothing_and_gives_router_logits() -> None:
@@ -173,7 +195,7 @@ def test_evaluation_counts_nothing_adds_nothing_and_gives_router_logits() -> Non
     model.train()
     (0 * model(**BATCHES[0]).loss).backward()
     model.eval()(**BATCHES[1])
-    assert int(balancer.synchronizer.running.tokens) == int(BATCHES[0]["attention_mask"].sum())
+    assert int(running(balancer).tokens) == int(BATCHES[0]["attention_mask"].sum())
 
 
 def test_without_labels_the_loss_is_left_alone_and_tuples_get_theirs() -> None:
@@ -201,7 +223,7 @@ def test_masks_of_four_dimensions(additive: bool) -> None:
         model = qwen3_moe(output_router_logits=True).train()
         balancer = equipoise.balance(model)
         model(**batch | {"attention_mask": attention_mask}).loss.backward()
-        counted.append(balancer.synchronizer.running.load)
+        counted.append(running(balancer).load)
     assert torch.equal(*counted)
 
 
@@ -209,7 +231,7 @@ def test_only_positions_with_loss_count_where_asked() -> None:
     model = qwen3_moe().train()
     balancer = equipoise.balance(model, balanced_positions="labels")
     model(**BATCHES[0])
-    assert int(balancer.synchronizer.running.tokens) == int(BATCHES[0]["labels"][:, 1:].ne(-100).sum())
+    assert int(running(balancer).tokens) == int(BATCHES[0]["labels"][:, 1:].ne(-100).sum())
     with pytest.raises(ValueError, match="labels must be given"):
         model(BATCHES[0]["input_ids"])
 
@@ -351,7 +373,7 @@ ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {
 def test_adapters(adapter: str, first: str, reentrant: bool | None) -> None:
     """PEFT calls the model's forward past its hooks, and puts copies and wrappers in the place of routers."""
     fields, trained = ADAPTERS[adapter]
-    settings = {"complementary_balancing_mode": "micro_batch", "complementary_aux_loss_coef": 0.5}
+    settings: dict[str, Any] = {"complementary_balancing_mode": "micro_batch", "complementary_aux_loss_coef": 0.5}
     config = LoraConfig(target_modules=["o_proj"], lora_dropout=0.0, **fields)
     model: Any = deepseek_v3()
     if reentrant is not None:
@@ -442,7 +464,7 @@ def test_a_copy_of_the_model_has_a_balancer_of_its_own() -> None:
 
 
 def test_detach_leaves_the_model_as_it_was() -> None:
-    def left(model: nn.Module) -> list[Any]:
+    def left(model: Any) -> list[Any]:
         return [
             (sorted(vars(module)), list(module._forward_hooks), list(module._forward_pre_hooks))
             for module in model.modules()

@@ -14,10 +14,10 @@ from transformers import Qwen3MoeForCausalLM
 from transformers.distributed import DistributedConfig
 
 import equipoise
-from tests.integrations.test_balance import SETTINGS, accumulate, assert_same, averages, ernie, micro_batch
+from tests.integrations.test_balance import SETTINGS, accumulate, assert_same, averages, ernie, micro_batch, seen
 from tests.launched import launched
 from tests.plain_loop import plain_gradient
-from tests.stock_balancing import FAMILIES, Seen, deepseek_v3, qwen3_moe
+from tests.stock_balancing import FAMILIES, deepseek_v3, qwen3_moe
 
 pytestmark = pytest.mark.processes
 
@@ -86,7 +86,7 @@ def test_gradient_over_two_ranks_and_two_micro_steps(
     run_processes: Run, family: str, wrapping: str, first: str
 ) -> None:
     """Where the stock loss would see one rank's micro-batch, and Megatron's shrink with the ranks."""
-    expected = plain_gradient(Seen(FAMILIES[family](), **SETTINGS), BATCHES, averages)
+    expected = plain_gradient(seen(FAMILIES[family](), **SETTINGS), BATCHES, averages)
     tokens = sum(int(batch["attention_mask"].sum()) for step in BATCHES for batch in step)
     for rank in run_processes(2, _gradients, family, wrapping, first):
         assert rank["tokens"] == tokens
@@ -176,7 +176,7 @@ def test_plans_that_split_layers_and_experts(run_processes: Run, saved: str, lay
             torch.testing.assert_close(rank["gates"], alone["gates"], atol=1e-6, rtol=1e-4)
     else:
         expected = plain_gradient(
-            Seen(qwen3_moe(), **SETTINGS | {"complementary_balancing_mode": "none"}), [batches], averages
+            seen(qwen3_moe(), **SETTINGS | {"complementary_balancing_mode": "none"}), [batches], averages
         )
         gates = torch.stack([each for name, each in expected.items() if "gate.weight" in name])
         for rank in ranks:

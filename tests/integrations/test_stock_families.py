@@ -3,9 +3,14 @@
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
+
+import equipoise
+from equipoise.integrations import find_routers
 
 ROOT = Path(__file__).parents[2]
 tabulate = runpy.run_path(str(ROOT / "scripts/tabulate_stock_models.py"))
@@ -59,3 +64,41 @@ def test_the_page_lists_every_family() -> None:
 @pytest.mark.skipif(not OLD, reason="holds older versions against the page")
 def test_nothing_of_the_page_is_missing_in_an_older_version() -> None:
     assert set(FAMILIES) - set(TABLE) == set()
+
+
+def with_image(model: Any) -> dict[str, torch.Tensor]:
+    """Two sequences with an image of 16 patches in the first, and padding in the second."""
+    ids = torch.randint(2, 80, (2, 21), generator=torch.Generator().manual_seed(0))
+    model.config.image_token_id = 90
+    ids[0, 2:18] = 90
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill((mask == 0) | (ids == 90), -100),
+        "pixel_values": torch.randn(16, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids == 90).int(),
+    }
+
+
+def test_images_are_tokens_of_a_vision_language_model() -> None:
+    """The routers of the nested language part see them as they see words."""
+    model = tabulate["tiny_model"]("Qwen3VLMoeForConditionalGeneration")
+    batch = with_image(model)
+    routers = find_routers(model)
+    balancer = equipoise.balance(model, "micro_batch", router_aux_loss_coef=1.0)
+    watch = tabulate["Watch"](model, routers)
+    outputs = model(**batch)
+    outputs.loss.backward()
+    assert balancer.synchronizer.running is not None
+    mask = batch["attention_mask"].bool()
+    assert balancer.synchronizer.running.load.tolist() == [watch.load(layer, mask) for layer in range(len(routers))]
+    assert int(balancer.synchronizer.running.tokens) == 36
+    formula = torch.zeros((), dtype=torch.float64)
+    for layer in range(len(routers)):
+        load = torch.tensor(watch.load(layer, mask), dtype=torch.float64)
+        score = watch.logits[layer].softmax(-1)[mask.flatten()].mean(0)
+        formula = formula + len(load) * (load / load.sum() * score).sum() / len(routers)
+    torch.testing.assert_close(outputs.aux_loss.double(), formula, atol=1e-6, rtol=1e-6)
