@@ -79,28 +79,19 @@ def test_the_load_of_stock_models(family: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    # Routers that put out something else than most, or sit elsewhere.
-    sorted(
-        {
-            "DbrxForCausalLM",
-            "DogeForCausalLM",
-            "Gemma4ForCausalLM",
-            "GptOssForCausalLM",
-            "JetMoeForCausalLM",
-            "Llama4ForCausalLM",
-            "LongcatFlashForCausalLM",
-            "Qwen3VLMoeForConditionalGeneration",
-            "ZayaForCausalLM",
-        }
-        & set(TABULATE["families"]())
-    ),
+    # Routers that put out something else than most, or sit elsewhere; of those that older versions have.
+    [
+        "DbrxForCausalLM",
+        "Gemma4ForCausalLM",
+        "GptOssForCausalLM",
+        "JetMoeForCausalLM",
+        "Llama4ForCausalLM",
+        "Qwen3VLMoeForConditionalGeneration",
+    ],
 )
 def test_the_load_of_models_of_their_own_kind(name: str) -> None:
     model = TABULATE["tiny_model"](name).eval()
-    try:
-        watch = TABULATE["Watch"](model, find_routers(model))
-    except ValueError as refused:
-        pytest.skip(str(refused))
+    watch = TABULATE["Watch"](model, find_routers(model))
     batch = next(iter(DataLoader(rows(), ROWS)))
     found = equipoise.inspect(model, [batch])
     for layer, inspected in enumerate(found.layers):
