@@ -51,7 +51,8 @@ def equipoise_experts_forward(
         eager = inspect.unwrap(type(experts).forward)
         return eager(experts, hidden_states, top_k_index, top_k_weights)
     forward = grouped_mm_experts_forward
-    if device != "cpu" and not torch.is_grad_enabled() and top_k_index.numel() <= experts.num_experts:
+    decoding = not experts.training and not torch.is_grad_enabled()
+    if device != "cpu" and decoding and top_k_index.numel() <= experts.num_experts:
         # As `generate` does where it finds `grouped_mm`, and only where that copies no more than all matrices.
         forward = batched_mm_experts_forward
     return forward(Cast(experts, dtype), hidden_states, top_k_index, top_k_weights)

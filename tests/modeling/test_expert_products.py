@@ -252,6 +252,17 @@ def test_one_graph_under_torch_compile() -> None:
             close([compiled(*routing).double()], expected[:1], 1e-5)
 
 
+@torch.no_grad()
+def test_other_activations_evaluate_in_one_graph() -> None:
+    torch.compiler.reset()
+    layer = experts_layer(4, 32, 16, torch.float32, hidden_act="gelu").eval()
+    routing = routed(40, 2, layer, torch.float32)
+    layer.config._experts_implementation = "eager"
+    expected = layer(*routing)
+    layer.config._experts_implementation = "equipoise"
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(*routing), expected)
+
+
 def test_a_second_derivative_is_refused() -> None:
     """It would otherwise be 0, without a word."""
     layer = experts_layer(4, 8, 4)
