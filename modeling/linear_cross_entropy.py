@@ -99,6 +99,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         exact = torch.promote_types(dtype, torch.float32)
         multiply = product if hidden_states.device.type == "cpu" else torch.mm
+        narrow = dtype != exact
+        if narrow:  # Chunks share the memory of their products: fresh pages would cost more than the products.
+            shape = min(CHUNK, len(targets)), len(weight)
+            rounded, logits_exact = (weight.new_empty(shape, dtype=kind) for kind in (dtype, exact))
+            shape = weight.shape[::-1] if wants_weight else (0, 0)
+            of_weight, of_weight_exact = (weight.new_empty(shape, dtype=kind) for kind in (dtype, exact))
         head, share = weight.to(dtype), divisor.to(exact).reciprocal()
         losses = torch.zeros(targets.shape, dtype=exact, device=targets.device)
         loss = losses.new_zeros(())
@@ -113,7 +119,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 states, target = hidden_states[rows].to(dtype), targets[rows]
                 bears_loss = target.ne(ignore_index)[:, None]
                 target = target[:, None].where(bears_loss, 0)
-                logits = multiply(states, head.mT).to(exact)
+                if narrow:
+                    of_chunk = rounded[: len(states)]
+                    logits = logits_exact[: len(states)].copy_(torch.mm(states, head.mT, out=of_chunk))
+                else:
+                    logits = multiply(states, head.mT)
                 of_target = logits.gather(1, target)
                 largest = logits.amax(-1, keepdim=True)
                 probabilities = torch._softmax(logits, -1, False, out=logits)
@@ -126,15 +136,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     probabilities.mul_(1 + 2 * z_loss * log_denominator)
                 if not (wants_hidden or wants_weight):
                     continue
-                gradient = probabilities.scatter_add_(1, target, torch.full_like(of_target, -1)).to(dtype)
+                gradient = probabilities.scatter_add_(1, target, torch.full_like(of_target, -1))
+                if narrow:
+                    gradient = of_chunk.copy_(gradient)
                 if hidden_gradient is not None:
                     of_states = multiply(gradient, head).to(exact) * (bears_loss * share)
                     hidden_gradient[rows] = of_states.to(hidden_gradient.dtype)
                 if weight_gradient is not None:
                     # The share comes after the product: before, fp16 might lose it.
-                    of_weight = multiply((states * bears_loss).mT.contiguous(), gradient)
-                    weight_gradient.addcmul_(of_weight.to(weight_gradient.dtype), share.to(weight_gradient.dtype))
-                    del of_weight
+                    inputs = (states * bears_loss).mT.contiguous()
+                    if narrow:
+                        found = of_weight_exact.copy_(torch.mm(inputs, gradient, out=of_weight))
+                    else:
+                        found = multiply(inputs, gradient)
+                    weight_gradient.addcmul_(found.to(weight_gradient.dtype), share.to(weight_gradient.dtype))
+                    del found
                 del logits, probabilities, gradient  # before there are the next chunk's
         if weight_gradient is not None:
             weight_gradient = weight_gradient.mT.to(weight.dtype)
