@@ -86,7 +86,7 @@ MODELS = {
         num_experts=64,
         num_experts_per_tok=8,
         moe_intermediate_size=256,
-        micro_batch_size=16,
+        micro_batch_size=8,
         sequence_length=2048,
     ),
     # For tests: widths that `grouped_mm` takes in bf16 too.
