@@ -203,7 +203,7 @@ def test_what_deepspeed_keeps() -> None:
         estimate = step_memory(config, 64, training, 8, zero_stage=stage)
         kept = (estimate.weights, estimate.gradients, estimate.optimizer)
         assert kept == pytest.approx([share * parameters for share in per_parameter], rel=1e-4)
-        assert estimate.activations == pytest.approx(sharded.activations, rel=0.1)
+        assert estimate.activations == pytest.approx(sharded.activations, rel=0.15)  # whose layers put out fp32
 
 
 def test_parts_add_up() -> None:
