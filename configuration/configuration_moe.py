@@ -32,6 +32,7 @@ class MoEConfig(BalancingFields, PreTrainedConfig):
         "lm_loss",
         "aux_loss",
         "aux_losses",
+        "token_losses",
     ]
     # Names under which Transformers' own code looks for the number of routed and shared experts.
     attribute_map = {  # noqa: RUF012
@@ -116,6 +117,9 @@ class MoEConfig(BalancingFields, PreTrainedConfig):
     """Groups a token may select experts from."""
     output_router_logits: bool = False
     """Whether the forward pass returns `router_logits` and `selected_experts`."""
+    skip_logits_in_training: bool = False
+    """Whether the forward pass in training, given labels, returns no logits: the loss is then computed a few tokens at
+    a time, and the logits of all tokens are never in memory. For loops that read the loss alone."""
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
