@@ -1,5 +1,6 @@
 """TrainerBalancer: the balancer of a stock model under Trainer, and TRL's trainers, whose forward is their own."""
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -66,4 +67,9 @@ def trl_coefficient(args: Any, model: nn.Module) -> float:
     return getattr(config, "router_aux_loss_coef", 0.0) if given is None else given
 
 
-__all__ = ["TrainerBalancer", "trl_coefficient"]
+def has_fused_head(model: nn.Module) -> bool:
+    """Whether TRL has given the model a forward of its own."""
+    return "fused_lm_head" in inspect.signature(model.forward, follow_wrapped=False).parameters
+
+
+__all__ = ["TrainerBalancer", "has_fused_head", "trl_coefficient"]

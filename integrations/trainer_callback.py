@@ -17,7 +17,7 @@ from ..balancing import Balancer
 from ..configuration import BalancingFields, BalancingMode, BalancingSettings
 from .balance import StockBalancer
 from .stock_routers import resolve, unwrapped
-from .trainer_balancer import TrainerBalancer, trl_coefficient
+from .trainer_balancer import TrainerBalancer, has_fused_head, trl_coefficient
 
 
 class BalancingCallback(TrainerCallback, ExportableState):
@@ -91,6 +91,11 @@ class BalancingCallback(TrainerCallback, ExportableState):
     def _attach(self, model: nn.Module, args: TrainingArguments) -> None:
         if self.balancing_mode is None:
             self._balancer = find_balancer(model)
+            if isinstance(self._balancer, StockBalancer) and has_fused_head(self._balancer.model):
+                raise ValueError(
+                    "balancing_mode must be given to BalancingCallback under TRL, whose fused head leaves the loss of "
+                    "equipoise.balance out: detach() that balancer and give its settings here; got None"
+                )
             return
         if _balancer_in(model) is not None:
             raise ValueError(

@@ -16,6 +16,7 @@ from trainers import Gradients, fields
 from transformers import PreTrainedTokenizerBase
 from transformers.models.mixtral import modeling_mixtral
 
+import equipoise
 from equipoise import BalancingCallback
 
 trl = pytest.importorskip("trl")
@@ -174,6 +175,14 @@ def test_a_loss_that_trl_would_leave_out_is_refused(tokenizer: PreTrainedTokeniz
         trainer = trainer_of(model, tokenizer, tmp_path, BalancingCallback("global_batch"), **changes)
         with pytest.raises(ValueError, match=r"router_aux_loss_coef .* leaves out load_balancing_loss .* got 0\.0"):
             trainer.train()
+
+
+def test_a_balancer_that_does_not_know_of_trl_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = build("qwen3_moe", tokenizer)
+    equipoise.balance(model, "global_batch")
+    trainer = trainer_of(model, tokenizer, tmp_path, BalancingCallback())
+    with pytest.raises(ValueError, match="balancing_mode must be given to BalancingCallback under TRL"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])

@@ -175,7 +175,13 @@ def run(rank: int, world_size: int, mode: str, folder: str, resume_from: str | N
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("mode", "world_size", "adapter"),
-    [("global_batch", 1, False), ("loss_free", 1, False), ("loss_free", 1, True), ("loss_free", 2, False)],
+    [
+        ("global_batch", 1, False),
+        ("loss_free", 1, False),
+        ("loss_free", 1, True),
+        ("loss_free", 2, True),
+        ("loss_free", 2, False),
+    ],
 )
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     tmp_path: Path, run_processes: Callable[..., list[Any]], mode: str, world_size: int, adapter: bool
