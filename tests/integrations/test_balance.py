@@ -509,6 +509,22 @@ def test_what_has_nothing_to_balance_is_refused(tiny_config: Callable[..., MoECo
         equipoise.balance(qwen3_moe(), optimizer=object())
 
 
+def test_an_optimizer_that_is_named_closes_each_batch_once() -> None:
+    """Though torch tells of its steps too."""
+    model = deepseek_v3().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    balancer = equipoise.balance(model, "loss_free", optimizer=optimizer, bias_update_rate=0.1)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(()))])
+    for step in range(2):
+        model(**BATCHES[step]).loss.backward()
+        other.step()
+        assert balancer.steps == step
+        optimizer.step()
+        assert balancer.steps == step + 1
+        assert int(balancer.metrics()["tokens"]) == int(BATCHES[step]["attention_mask"].sum())
+    assert biases_of(model).abs().max() < 0.3  # two steps of 0.1, less their mean
+
+
 def test_a_refused_optimizer_leaves_nothing_behind() -> None:
     model = qwen3_moe()
     with pytest.raises(TypeError):
