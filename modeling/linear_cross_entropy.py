@@ -103,8 +103,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if narrow:  # Chunks share the memory of their products: fresh pages would cost more than the products.
             shape = min(CHUNK, len(targets)), len(weight)
             rounded, logits_exact = (weight.new_empty(shape, dtype=kind) for kind in (dtype, exact))
-            shape = weight.shape[::-1] if wants_weight else (0, 0)
-            of_weight, of_weight_exact = (weight.new_empty(shape, dtype=kind) for kind in (dtype, exact))
+            turned = tuple(weight.shape[::-1]) if wants_weight else (0, 0)
+            of_weight, of_weight_exact = (weight.new_empty(turned, dtype=kind) for kind in (dtype, exact))
         head, share = weight.to(dtype), divisor.to(exact).reciprocal()
         losses = torch.zeros(targets.shape, dtype=exact, device=targets.device)
         loss = losses.new_zeros(())
