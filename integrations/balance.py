@@ -106,8 +106,8 @@ class StockBalancer(Balancer):
         name = type(self.model).__name__
         if getattr(self.model, "balancer", None) is not None:
             raise ValueError(f"model must not have a balancer yet: detach() it first; got {name} with one")
-        self._signature = inspect.signature(type(self.model).forward)
-        if "labels" not in self._signature.parameters:
+        self._arguments = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        if "labels" not in self._arguments:
             raise ValueError(f"model must make a loss of labels, as a causal language model does; got {name}")
         self.recorder = RoutingRecorder(model)
         routers = self.recorder.routers
@@ -241,9 +241,9 @@ class StockBalancer(Balancer):
     @torch.compiler.disable
     def begin(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A forward pass of the model begins; returns the keyword arguments that it is to have."""
-        self._forward = None
+        self._forward = self.recorder.routing = None  # a forward pass that failed may have left its own
         wanted: Any = False
-        if "output_router_logits" in self._signature.parameters:
+        if "output_router_logits" in self._arguments:
             # With it the model would compute its own auxiliary loss.
             wanted = kwargs.get("output_router_logits")
             if wanted is None:
@@ -253,8 +253,7 @@ class StockBalancer(Balancer):
         if balancing or wanted:
             if balancing and self._biases is not None:
                 self._biases_in_place()
-            batch = self._signature.bind_partial(self.model, *args, **kwargs).arguments
-            batch |= batch.pop("kwargs", {})
+            batch = dict(zip(self._arguments, args, strict=False)) | kwargs
             self._forward = ForwardPass(self.recorder.blank(), balancing, batch, bool(wanted))
             self.recorder.install()
             self.recorder.routing = self._forward.routing

@@ -38,7 +38,8 @@ router, or for `DogeCDMoE` inside."""
 
 SIGMOID_WITHOUT_BIAS = ("FlintTopKRouter", "Llama4Router")
 SOFTMAX_WITH_BIAS = ("Ernie4_5_MoeTopKRouter", "Ernie4_5_VLMoeMoeTopKRouter", "LongcatFlashTopkRouter", "ZayaRouter")
-"""Otherwise routers with a correction bias score by sigmoid, those without by softmax."""
+"""Otherwise, and in families that are not known here, routers with a correction bias score by sigmoid, those without
+by softmax."""
 
 SCORING_FIELD = {
     "Cohere2MoeTopKRouter": "expert_selection_fn",
@@ -174,7 +175,7 @@ WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_m
 """Under which name a wrapper keeps what it wraps."""
 
 _WRAPPING = re.compile(
-    r"\.(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module|modules_to_save\.\w+)(?=\.|$)"
+    r"\.(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)"
 )
 
 
@@ -227,7 +228,7 @@ def find_routers(model: nn.Module) -> list[StockRouter]:
             f"which put out logits and selected experts; got {name}"
         )
     routers = [_describe(causal, path, module, index) for path, (module, index) in found.items()]
-    for what in ("num_experts", "scoring_func"):
+    for what in ("num_experts", "num_experts_per_tok", "scoring_func"):
         kinds = {getattr(router, what) for router in routers}
         if len(kinds) > 1:
             raise ValueError(f"model must have routers alike in {what}; got {sorted(kinds)} in {name}")
