@@ -196,8 +196,8 @@ def saturation_figure(runs: Sequence[Measurement]) -> ReportFigure | None:
         first, last = found.share.mean(1)[[0, -1]].tolist()
         later = f", at step {found.steps[-1]:,} {last:.0%}" if len(found.steps) > 1 else ""
         findings.append(
-            f"{run.name}: at step {found.steps[0]:,} {first:.0%} of a token's final experts are already selected{later} "
-            f"(mean over layers, {found.tokens:,} tokens)."
+            f"{run.name}: at step {found.steps[0]:,} {first:.0%} of a token's final experts are already selected"
+            f"{later} (mean over layers, {found.tokens:,} tokens)."
         )
     if not panels:
         return None

@@ -444,8 +444,8 @@ def _missing(records: RunRecords, run: Path | None, license: str | None, languag
         lines.append("Bits per byte by domain: `python scripts/evaluate_model.py --model RUN`.")
     if records.other_analysis:
         lines.append(
-            "Specialisation, and balance on held-out text: `analysis/` is of another model or other documents than those "
-            "of the run; `python scripts/analyze.py --run RUN` writes it for these."
+            "Specialisation, and balance on held-out text: `analysis/` is of another model or other documents than "
+            "those of the run; `python scripts/analyze.py --run RUN` writes it for these."
         )
     elif run is not None and not records.analysis:
         lines.append("Specialisation, and balance on held-out text: `python scripts/analyze.py --run RUN`.")

@@ -102,9 +102,9 @@ def plain_gradient(
     """
     config = model.config
     steps = [[route(model, batch, loss) for batch in step] for step in batches]
-    total, load = torch.zeros(()), 0
+    total, load = torch.zeros(()), torch.zeros(())
     for number, step in enumerate(steps):
-        load = load + sum(routed.load() for routed in step)
+        load = load + torch.stack([routed.load() for routed in step]).sum(0)
         for rank, routed in enumerate(step):
             terms = {"global_batch": routed.lbl(load), "micro_batch": routed.lbl(), "sequence": routed.sequence_lbl()}
             by_labels, factor = shares(steps, number, rank)

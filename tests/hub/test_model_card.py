@@ -298,7 +298,7 @@ def test_what_is_missing_is_left_out_and_said(finished_run: Path, tmp_path: Path
 
 @pytest.mark.parametrize("other", ["data", "model", "run"])
 def test_what_is_said_of_held_out_text_was_measured_on_it(finished_run: Path, tmp_path: Path, other: str) -> None:
-    """`--data TRAINING_TEXT` of evaluate_model or analyze, or one of another model, must not be told as held-out documents."""
+    """`--data TRAINING_TEXT` of evaluate_model or analyze, or another model, must not be told as of the run."""
     run = copy_of(finished_run, tmp_path)
     changes = {
         "data": {"data": "training.jsonl"},
