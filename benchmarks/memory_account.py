@@ -71,14 +71,13 @@ class MemoryAccount:
 
 
 def step_memory(
-    build: Callable[[], tuple[nn.Module, torch.optim.Optimizer]],
-    micro_batch: Callable[[nn.Module], None],
-    device: str,
+    model: nn.Module, optimizer: torch.optim.Optimizer, micro_batch: Callable[[], Any], device: str
 ) -> dict[str, int]:
     """Bytes of a training step at its fullest, on a micro-batch that finds gradients, as under accumulation.
 
     Args:
-        build: makes a model and its optimizer anew, so that all they take is in the account.
+        model: that has made no step yet, so that all that steps leave behind is in the account.
+        optimizer: likewise.
         micro_batch: one forward and backward pass.
 
     Returns:
@@ -86,21 +85,24 @@ def step_memory(
         rest.
     """
     with MemoryAccount(device) as account:
-        model, optimizer = build()
-        micro_batch(model)
+        micro_batch()
         optimizer.step()
         with account.measured():
-            micro_batch(model)
+            micro_batch()
             optimizer.step()
-        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         states = [value for state in optimizer.state.values() for value in state.values()]
-        staying = {
-            "parameters": size([*model.parameters(), *model.buffers()]),
-            "gradients": size(gradients),
-            "optimizer": size(value for value in states if isinstance(value, Tensor)),
-        }
-        del gradients, states
-    return {"peak": account.peak, **staying, "activations": account.peak - sum(staying.values())}
+        gradients = size(weight.grad for weight in model.parameters() if weight.grad is not None)
+        moments = size(value for value in states if isinstance(value, Tensor))
+        del states
+    # The weights are no part of the account: threads that load them allocate what others give back.
+    parameters = size([*model.parameters(), *model.buffers()])
+    return {
+        "peak": parameters + account.peak,
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer": moments,
+        "activations": account.peak - gradients - moments,
+    }
 
 
 def size(tensors: Iterable[Tensor]) -> int:

@@ -82,7 +82,7 @@ def measure(arguments: StepArguments, model: str, dtype: str) -> dict[str, Any]:
         memory = {}
         if arguments.memory:
             for name, make in tqdm((makers | peers).items(), desc="memory", unit="model", leave=False):
-                memory[name] = account(partial(train, name, make), batch)
+                memory[name] = account(train(name, make), batch)
         trainings = {name: train(name, make) for name, make in (makers | peers).items()}
     tokens_per_step = batch.numel()
     flops = step_flops(trainings[OURS].model, shape.sequence_length, tokens_per_step)
@@ -124,15 +124,9 @@ def measure(arguments: StepArguments, model: str, dtype: str) -> dict[str, Any]:
     return found
 
 
-def account(train: Any, batch: Tensor) -> dict[str, int]:
+def account(training: Training, batch: Tensor) -> dict[str, int]:
     """`step_memory` of a training made anew."""
-    trainings = []
-
-    def build() -> Any:
-        trainings.append(train())
-        return trainings[0].model, trainings[0].optimizer
-
-    return step_memory(build, lambda _: trainings[0].backward(batch), batch.device.type)
+    return step_memory(training.model, training.optimizer, lambda: training.backward(batch), batch.device.type)
 
 
 def step_flops(model: MoEForCausalLM, sequence_length: int, tokens: int) -> float:
