@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -83,6 +83,13 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * scale)
 
 
+DECODED = {"hidden_size": 32, "width": 16, "block": 512, "needed": {"hidden"}, "elsewhere": True}
+
+
+# As in decoding: one token, and in bf16 about as many as experts.
+@example(num_tokens=1, num_experts=4, top_k=2, dtype=torch.float32, **DECODED)
+@example(num_tokens=1, num_experts=4, top_k=4, dtype=torch.bfloat16, **DECODED)
+@example(num_tokens=12, num_experts=6, top_k=3, dtype=torch.bfloat16, **DECODED)
 @settings(max_examples=80)
 @given(
     num_tokens=st.integers(1, 90),
@@ -130,7 +137,9 @@ def test_without_a_token_every_gradient_is_zero(held: int) -> None:
     hidden, experts, weights = routed(5 * held, 2, layer, torch.float64)
     output, *gradients = computed(layer, "equipoise", [hidden, torch.full_like(experts, 3), weights])
     assert output.shape == hidden.shape
-    for tensor in (output, *gradients):
+    with torch.no_grad():
+        decoded = layer.eval()(hidden[:1], torch.full_like(experts[:1], 3), weights[:1])
+    for tensor in (output, decoded, *gradients):
         assert torch.count_nonzero(tensor) == 0
 
 
