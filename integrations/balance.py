@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class StockBalancer(Balancer):
         self.model.register_forward_hook(after)
         self.model.get_decoder().register_forward_hook(after_decoder)
         # PEFT calls the model's forward past its hooks.
-        self.model.forward = _Forward(self, self.model.forward)
+        self.model.forward = MethodType(_Forward(self.model), self.model)
         self.recorder.install()
         self.model.balancer = self
 
@@ -170,11 +171,11 @@ class StockBalancer(Balancer):
             tagged = vars(module).get("_gradient_checkpointing_func")
             if isinstance(tagged, _Checkpoint) and tagged.balancer is self:
                 module._gradient_checkpointing_func = tagged.function
-        forward = vars(self.model).get("forward")
-        if isinstance(forward, _Forward) and forward.balancer is self:
+        forward = getattr(vars(self.model).get("forward"), "__func__", None)
+        if isinstance(forward, _Forward):
             del self.model.forward
-            if "forward" in forward.instance_attributes:
-                self.model.forward = forward.forward
+            if forward.replaced is not None:
+                self.model.forward = forward.replaced
         if self._following is not None:
             self._following.remove()
         del self.model.balancer
@@ -387,28 +388,44 @@ class _After(_Part):
         return self.balancer.end(output)
 
 
-class _Forward(_Part):
-    """The model's forward, for who calls it past the hooks."""
+class _Forward:
+    """The model's forward, for who calls it past the hooks. Bound to a model as a method, as others expect who wrap or
+    unwrap it; the balancer is that of the model, which may be a copy."""
 
-    def __init__(self, balancer: StockBalancer, forward: Callable) -> None:
-        super().__init__(balancer)
-        self.forward = forward
-        self.instance_attributes = tuple(vars(balancer.model))
-        functools.update_wrapper(self, forward)
+    def __init__(self, model: Any) -> None:
+        self.replaced = vars(model).get("forward")
+        """What the model had in the place of its class's forward."""
+        forward = model.forward
+        self.function = forward.__func__ if isinstance(forward, MethodType) else _as_method(forward)
+        functools.update_wrapper(self, self.function)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        balancer = self.balancer
-        if balancer._forward is not None or not balancer.attached:
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        balancer = getattr(model, "balancer", None)
+        if balancer is None:
+            return self.function(model, *args, **kwargs)
+        if balancer._forward is not None:
             try:
-                return self.forward(*args, **kwargs)
+                return self.function(model, *args, **kwargs)
             except BaseException:
                 balancer._forward = None
                 raise
         try:
             kwargs = balancer.begin(args, kwargs)
-            return balancer.end(self.forward(*args, **kwargs))
+            return balancer.end(self.function(model, *args, **kwargs))
         finally:
             balancer._forward = balancer.recorder.routing = None
+
+
+def _as_method(function: Callable) -> Callable:
+    def method(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    functools.update_wrapper(method, function)
+    signature = inspect.signature(function)
+    model = inspect.Parameter("model", inspect.Parameter.POSITIONAL_ONLY)
+    with_model = signature.replace(parameters=[model, *signature.parameters.values()])
+    method.__signature__ = with_model  # type: ignore[attr-defined]
+    return method
 
 
 class _Checkpoint(_Part):

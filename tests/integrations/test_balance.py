@@ -1,12 +1,16 @@
 """`equipoise.balance` on stock models in one process, against the loss written out (`plain_loop`)."""
 
 import copy
+import functools
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -444,6 +448,58 @@ def test_several_forward_passes_before_one_backward_pass() -> None:
         sum(model(**batch).loss for batch in BATCHES).backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     assert_same(gradients[1], gradients[0], prefix="")
+
+
+@pytest.mark.parametrize("first", ["balance", "prepare"])
+def test_accelerate_wraps_and_unwraps_the_forward(first: str) -> None:
+    """It peels off whatever it finds around the model's own, at the end of a run or in its middle."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model: Any = deepseek_v3().train()
+    if first == "balance":
+        balancer = equipoise.balance(model)
+        model = accelerator.prepare(model)
+    else:
+        model = accelerator.prepare(model)
+        balancer = equipoise.balance(model)
+    try:
+        for unwrap in (False, True):
+            if unwrap:
+                model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            balancer.after_optimizer_step()
+            outputs = model(**BATCHES[0])
+            accelerator.backward(outputs.loss)
+            assert outputs.aux_loss.requires_grad
+            assert int(running(balancer).tokens) == int(BATCHES[0]["attention_mask"].sum())
+        balancer.detach()
+        assert getattr(model(**BATCHES[0]), "aux_loss", None) is None
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_others_see_the_forward_s_own_arguments() -> None:
+    """Trainer takes from a data set the columns that it finds there."""
+    model = qwen3_moe()
+    arguments = inspect.signature(model.forward)
+    for forward in (model.forward, functools.partial(model.forward)):  # the class's, and a function of someone's
+        model.forward = forward
+        balancer = equipoise.balance(model)
+        assert inspect.signature(model.forward) == arguments
+        assert model.train()(**BATCHES[0]).aux_loss.requires_grad
+        balancer.detach()
+        assert model.forward is forward
+
+
+def test_a_forward_pass_that_fails_leaves_nothing_behind() -> None:
+    model = qwen3_moe().train()
+    balancer = equipoise.balance(model)
+    with pytest.raises(ValueError, match="must have 2 or 4 dimensions"):
+        model(**BATCHES[0] | {"attention_mask": torch.ones(3, 9, 9)})
+    model.eval()(**BATCHES[0])
+    assert balancer.recorder.routing is None
+    assert balancer.synchronizer.running is None
+    model.train()(**BATCHES[0])
+    assert int(running(balancer).tokens) == int(BATCHES[0]["attention_mask"].sum())
 
 
 def test_a_copy_of_the_model_has_a_balancer_of_its_own() -> None:
