@@ -155,7 +155,9 @@ class StockBalancer(Balancer):
         self.model.register_forward_hook(after)
         self.model.get_decoder().register_forward_hook(after_decoder)
         # PEFT calls the model's forward past its hooks.
-        self.model.forward = MethodType(_Forward(self.model), self.model)
+        self._replaced_forward = vars(self.model).get("forward")
+        self._own_forward = _balanced_forward(self.model)
+        self.model.forward = MethodType(self._own_forward, self.model)
         self.recorder.install()
         self.model.balancer = self
 
@@ -171,11 +173,11 @@ class StockBalancer(Balancer):
             tagged = vars(module).get("_gradient_checkpointing_func")
             if isinstance(tagged, _Checkpoint) and tagged.balancer is self:
                 module._gradient_checkpointing_func = tagged.function
-        forward = getattr(vars(self.model).get("forward"), "__func__", None)
-        if isinstance(forward, _Forward):
+        # Where another has wrapped it, it stays, and does nothing.
+        if getattr(vars(self.model).get("forward"), "__func__", None) is self._own_forward:
             del self.model.forward
-            if forward.replaced is not None:
-                self.model.forward = forward.replaced
+            if self._replaced_forward is not None:
+                self.model.forward = self._replaced_forward
         if self._following is not None:
             self._following.remove()
         del self.model.balancer
@@ -388,32 +390,30 @@ class _After(_Part):
         return self.balancer.end(output)
 
 
-class _Forward:
-    """The model's forward, for who calls it past the hooks. Bound to a model as a method, as others expect who wrap or
-    unwrap it; the balancer is that of the model, which may be a copy."""
+def _balanced_forward(model: Any) -> Callable:
+    """The model's forward, for who calls it past the hooks. A plain function, to be bound as a method, as compilers and
+    others expect who wrap or unwrap it; its balancer is that of the model, which may be a copy."""
+    before = model.forward
+    function = before.__func__ if isinstance(before, MethodType) else _as_method(before)
 
-    def __init__(self, model: Any) -> None:
-        self.replaced = vars(model).get("forward")
-        """What the model had in the place of its class's forward."""
-        forward = model.forward
-        self.function = forward.__func__ if isinstance(forward, MethodType) else _as_method(forward)
-        functools.update_wrapper(self, self.function)
-
-    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(function)
+    def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         balancer = getattr(model, "balancer", None)
         if balancer is None:
-            return self.function(model, *args, **kwargs)
+            return function(model, *args, **kwargs)
         if balancer._forward is not None:
             try:
-                return self.function(model, *args, **kwargs)
+                return function(model, *args, **kwargs)
             except BaseException:
                 balancer._forward = None
                 raise
         try:
             kwargs = balancer.begin(args, kwargs)
-            return balancer.end(self.function(model, *args, **kwargs))
+            return balancer.end(function(model, *args, **kwargs))
         finally:
             balancer._forward = balancer.recorder.routing = None
+
+    return forward
 
 
 def _as_method(function: Callable) -> Callable:
