@@ -156,8 +156,7 @@ class StockBalancer(Balancer):
         self.model.get_decoder().register_forward_hook(after_decoder)
         # PEFT calls the model's forward past its hooks.
         self._replaced_forward = vars(self.model).get("forward")
-        self._own_forward = _balanced_forward(self.model)
-        self.model.forward = MethodType(self._own_forward, self.model)
+        self.model.forward = MethodType(_balanced_forward(self.model), self.model)
         self.recorder.install()
         self.model.balancer = self
 
@@ -174,7 +173,8 @@ class StockBalancer(Balancer):
             if isinstance(tagged, _Checkpoint) and tagged.balancer is self:
                 module._gradient_checkpointing_func = tagged.function
         # Where another has wrapped it, it stays, and does nothing.
-        if getattr(vars(self.model).get("forward"), "__func__", None) is self._own_forward:
+        forward = getattr(vars(self.model).get("forward"), "__func__", None)
+        if forward is not None and getattr(forward, "balanced_forward", None) is forward:
             del self.model.forward
             if self._replaced_forward is not None:
                 self.model.forward = self._replaced_forward
@@ -391,8 +391,8 @@ class _After(_Part):
 
 
 def _balanced_forward(model: Any) -> Callable:
-    """The model's forward, for who calls it past the hooks. A plain function, to be bound as a method, as compilers and
-    others expect who wrap or unwrap it; its balancer is that of the model, which may be a copy."""
+    """The model's forward, for who calls it past the hooks. A plain function, to be bound as a method, as compilers
+    expect and others who wrap or unwrap it; its balancer is that of the model, which may be a copy."""
     before = model.forward
     function = before.__func__ if isinstance(before, MethodType) else _as_method(before)
 
@@ -413,6 +413,7 @@ def _balanced_forward(model: Any) -> Callable:
         finally:
             balancer._forward = balancer.recorder.routing = None
 
+    forward.balanced_forward = forward  # type: ignore[attr-defined] # not of a wrapper that has copied its attributes
     return forward
 
 

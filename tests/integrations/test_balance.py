@@ -477,6 +477,15 @@ def test_accelerate_wraps_and_unwraps_the_forward(first: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_detach_leaves_what_has_wrapped_the_forward_since() -> None:
+    model = qwen3_moe().train()
+    balancer = equipoise.balance(model)
+    model.forward = wrapper = functools.wraps(model.forward)(functools.partial(model.forward))
+    balancer.detach()
+    assert model.forward is wrapper
+    assert model(**BATCHES[0]).aux_loss is None
+
+
 def test_others_see_the_forward_s_own_arguments() -> None:
     """Trainer takes from a data set the columns that it finds there."""
     model = qwen3_moe()
