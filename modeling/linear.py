@@ -6,6 +6,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -15,23 +16,28 @@ from ..configuration.configuration_moe import MoEConfig
 from .matrix_products import FEWEST_ROWS, product
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by `matrix_products` where they can take it: `[..., n]`, `[m, n]` and `[m]` to
+    `[..., m]`."""
+    if input.numel() < FEWEST_ROWS * weight.shape[-1]:  # asked first: in decoding every question counts
+        return F.linear(input, weight, bias)
+    plain = (
+        input.device.type == weight.device.type == "cpu"
+        and input.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not is_traceable_wrapper_subclass(input)
+        and not is_traceable_wrapper_subclass(weight)
+    )
+    return _Linear.apply(input, weight, bias) if plain else F.linear(input, weight, bias)
+
+
 class MoELinear(nn.Linear):
-    """`nn.Linear`; see `matrix_products`."""
+    """`nn.Linear`, by `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., out_features]`."""
-        if input.numel() < FEWEST_ROWS * self.in_features:  # asked first: in decoding every question counts
-            return super().forward(input)
-        weight = self.weight
-        plain = (
-            input.device.type == weight.device.type == "cpu"
-            and input.dtype == weight.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not is_traceable_wrapper_subclass(input)
-            and not is_traceable_wrapper_subclass(weight)
-        )
-        return _Linear.apply(input, weight, self.bias) if plain else super().forward(input)
+        return linear(input, self.weight, self.bias)
 
 
 class MoEMLP(nn.Module):

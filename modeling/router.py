@@ -6,11 +6,11 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
 from ..configuration.configuration_moe import MoEConfig
+from .linear import linear
 
 
 class KeptSelection:
@@ -73,7 +73,7 @@ class MoERouter(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         # Autocast would bring the product back to bf16, whose rounding changes selections.
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
+            router_logits = linear(hidden_states.to(dtype), self.weight.to(dtype))
             scores = router_logits.softmax(dim=-1) if self.scoring_func == "softmax" else router_logits.sigmoid()
             if kept_selection is not None and kept_selection.experts is not None:
                 selected_experts = kept_selection.experts
