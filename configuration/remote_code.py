@@ -45,6 +45,7 @@ MODULES = (
     "modeling/matrix_products.py",
     "modeling/modeling_moe.py",
     "modeling/norm.py",
+    "modeling/rotary.py",
     "modeling/router.py",
 )
 

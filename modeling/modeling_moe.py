@@ -29,8 +29,6 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
     Glm4MoeRotaryEmbedding,
     eager_attention_forward,
 )
-from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
-from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -50,6 +48,7 @@ from .fused_head import DecoderRouting, balanced
 from .linear import MoELinear, MoEMLP
 from .linear_cross_entropy import liger_cross_entropy, liger_is_there, linear_cross_entropy, plain_weight
 from .norm import MoERMSNorm
+from .rotary import rotate
 from .router import KeptSelection, MoERouter
 
 # GLM-4-MoE's parts are the general ones: any RoPE scaling, partial rotary, RMSNorm, gated MLP of any width.
@@ -95,9 +94,7 @@ class MoEAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
 
-        partial = position_embeddings[0].shape[-1] < self.head_dim
-        rotate = apply_partial_rotary_pos_emb if partial else apply_rotary_pos_emb
-        query, key = rotate(query, key, *position_embeddings)
+        query, key = rotate(query, key, *position_embeddings, training=self.training)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
