@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -18,16 +19,13 @@ from equipoise.data import write_json
 
 @dataclass
 class LossesArguments(Comparison):
-    """Trains ours and Qwen3-MoE of Transformers from the same weights on the same text, neither of them balanced, and
-    compares their losses."""
+    """Trains ours and Qwen3-MoE of Transformers from the same weights on the same text, none of them balanced, and
+    compares their losses; and those of the peer's implementations with one another, which is what rounding does."""
 
     steps: int = field(default=50, metadata={"help": "Optimizer steps."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW, constant."})
     micro_batch_size: int | None = field(default=None, metadata={"help": "Sequences a step. Default: the model's."})
     skip_logits: bool = field(default=False, metadata={"help": "Have our forward pass return a loss and no logits."})
-    peer_implementations: list[str] = field(
-        default_factory=lambda: ["grouped_mm"], metadata={"help": "Of the peer's experts; the first is trained."}
-    )
 
     def check(self) -> None:
         """Also the fields of its own."""
@@ -50,34 +48,37 @@ def benchmark_losses(arguments: LossesArguments) -> None:
     for model in arguments.models:
         for dtype in arguments.dtypes:
             shape = MODELS[model]
-            losses = train_both(arguments, shape, dtype)
-
-            differences = [abs(ours / peer - 1) for ours, peer in zip(*losses.values(), strict=True)]
-            found = {
-                "model": model,
-                "dtype": dtype,
-                "losses": losses,
-                "largest_relative_difference": max(differences),
-                "at_step": 1 + differences.index(max(differences)),
-            }
+            losses = train_all(arguments, shape, dtype)
+            compared = [
+                {"of": one, "and": other} | largest_difference(losses[one], losses[other])
+                for one, other in combinations(losses, 2)
+            ]
+            found = {"model": model, "dtype": dtype, "losses": losses, "largest_differences": compared}
             first, last = losses[OURS][0], losses[OURS][-1]
-            print(
-                f"\nlosses, {model}, {dtype}, {arguments.device}: from {first:.4f} to {last:.4f}, ",
-                end="",
-            )
-            print(f"relative difference at most {max(differences):.2e}, at step {found['at_step']}")
+            print(f"\nlosses, {model}, {dtype}, {arguments.device}: from {first:.4f} to {last:.4f}")
+            for pair in compared:
+                print(
+                    f"{pair['of']} and {pair['and']}: {pair['relative']:.2e} apart at most, at step {pair['at_step']}"
+                )
             file = Path(arguments.output) / f"losses_{model}_{dtype}_{arguments.device}.json"
             write_json(file, origin(arguments, shape) | found)
             print(f"all figures: {file}")
 
 
-def train_both(arguments: LossesArguments, shape: Shape, dtype: str) -> dict[str, list[float]]:
-    """The losses of both, by contestant."""
-    device, peer = arguments.device, arguments.peer_implementations[0]
+def largest_difference(ones: list[float], others: list[float]) -> dict[str, float]:
+    """Of the losses of two, relative to the second's, and the step of it, from 1."""
+    differences = [abs(one / other - 1) for one, other in zip(ones, others, strict=True)]
+    return {"relative": max(differences), "at_step": 1 + differences.index(max(differences))}
+
+
+def train_all(arguments: LossesArguments, shape: Shape, dtype: str) -> dict[str, list[float]]:
+    """The losses of each, by contestant, ours first."""
+    device = arguments.device
     with Pair(shape, seed=arguments.seed, dtype=dtype, device=device) as pair:
         ours = partial(
             pair.ours, arguments.experts_implementation, arguments.attn_implementation, balancing_mode="none"
         )
+        makers = {OURS: ours} | {peer_name(name): partial(pair.peer, name) for name in arguments.peer_implementations}
         trainings = {
             name: Training(
                 make,
@@ -86,7 +87,7 @@ def train_both(arguments: LossesArguments, shape: Shape, dtype: str) -> dict[str
                 skip_logits=arguments.skip_logits and name == OURS,
                 learning_rate=arguments.learning_rate,
             )
-            for name, make in ((OURS, ours), (peer_name(peer), partial(pair.peer, peer)))
+            for name, make in makers.items()
         }
     text = Text(shape, arguments.micro_batch_size or shape.micro_batch_size, arguments.seed)
     losses: dict[str, list[float]] = {name: [] for name in trainings}

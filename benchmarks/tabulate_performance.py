@@ -155,9 +155,12 @@ def losses_table(folder: Path) -> str:
     rows = []
     for result in read(folder, "losses"):
         losses = result["losses"][OURS]
-        difference = f"{result['largest_relative_difference']:.1e}"
-        rows.append([named(result), str(len(losses)), f"{losses[0]:.3f}", f"{losses[-1]:.3f}", f"**{difference}**"])
-    return table(["", "steps", "first loss", "last", "largest relative difference"], rows)
+        for pair in result["largest_differences"]:
+            one, other = (name if name == OURS else short(name) for name in (pair["of"], pair["and"]))
+            difference = f"**{pair['relative']:.1e}**" if one == OURS else f"{pair['relative']:.1e}"
+            row = [f"{named(result)}: {one} and {other}", str(len(losses)), f"{losses[0]:.3f}", f"{losses[-1]:.3f}"]
+            rows.append([*row, difference, str(pair["at_step"])])
+    return table(["", "steps", "our first loss", "last", "largest relative difference", "at step"], rows)
 
 
 def operators_table(folder: Path) -> str:

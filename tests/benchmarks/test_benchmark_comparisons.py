@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -174,11 +175,18 @@ def test_steps_scale_along_every_axis(results: Path) -> None:
 
 def test_losses_are_those_of_the_peer(results: Path) -> None:
     result = read(results, "losses_tiny_float32")
-    ours, peer = result["losses"][OURS], result["losses"][peer_name("grouped_mm")]
-    assert len(ours) == len(peer) == 4
-    assert result["largest_relative_difference"] == pytest.approx(np.abs(np.divide(ours, peer) - 1).max())
-    assert result["largest_relative_difference"] < 1e-5
-    assert ours[-1] != ours[0]
+    names = [OURS, peer_name("eager"), peer_name("grouped_mm")]
+    assert list(result["losses"]) == names
+    pairs = result["largest_differences"]
+    assert [(pair["of"], pair["and"]) for pair in pairs] == list(combinations(names, 2))
+    for pair in pairs:
+        one, other = (result["losses"][pair[name]] for name in ("of", "and"))
+        assert len(one) == len(other) == 4
+        differences = np.abs(np.divide(one, other) - 1)
+        assert pair["relative"] == pytest.approx(differences.max())
+        assert pair["at_step"] == 1 + differences.argmax()
+        assert pair["relative"] < 1e-5
+    assert len(set(result["losses"][OURS])) == 4
 
 
 def test_the_document_gets_its_tables_and_its_picture(results: Path, tmp_path: Path) -> None:
