@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,8 @@ class Comparison:
         check_among(MODELS, models=self.models)
         check_among(DTYPES, dtypes=self.dtypes)
         check_among(PEER_IMPLEMENTATIONS, peer_implementations=self.peer_implementations)
+        if "sonicmoe" in self.peer_implementations and (self.device != "cuda" or find_spec("kernels") is None):
+            raise ValueError("peer_implementations may have sonicmoe on a GPU and with kernels installed")
         if self.hopeless and self.hopeless < 1:
             raise ValueError(f"hopeless must be 0 or at least 1; got {self.hopeless}")
 
@@ -150,7 +153,7 @@ class Comparison:
 DTYPES = {"float32": torch.float32, "autocast": torch.bfloat16, "bfloat16": torch.bfloat16}
 """In which numbers are multiplied."""
 
-PEER_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+PEER_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "sonicmoe")
 
 
 def check_device(device: str) -> None:

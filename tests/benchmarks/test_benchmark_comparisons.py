@@ -330,6 +330,10 @@ def test_the_spread_is_that_of_the_ratios() -> None:
         (["step", "--models", "XXL"], "models must be among S, M, L, tiny; got XXL"),
         (["step", "--dtypes", "float8"], "dtypes must be among float32, autocast, bfloat16; got float8"),
         (["experts", "--peer_implementations", "magic"], "peer_implementations must be among eager, grouped_mm"),
+        (
+            ["step", "--device", "cpu", "--peer_implementations", "sonicmoe"],
+            "peer_implementations may have sonicmoe on a GPU and with kernels installed",
+        ),
         (["experts", "--hopeless", "0.5"], "hopeless must be 0 or at least 1; got 0.5"),
         (["generate", "--batch_sizes", "0"], "batch_sizes must be at least 1; got 0"),
         (["generate", "--rounds", "0"], "rounds must be at least 1; got 0"),
