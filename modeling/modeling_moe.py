@@ -90,6 +90,9 @@ class MoEAttention(nn.Module):
         """`[B, T, D]` -> `[B, T, D]`, and the attention weights `[B, heads, T, S]` where the interface gives them."""
         input_shape = hidden_states.shape[:-1]
         heads = (*input_shape, -1, self.head_dim)
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device) and hidden_states.dtype == torch.float32:
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))  # once, not by each projection
         query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
