@@ -228,7 +228,8 @@ def draw(folder: Path, path: Path) -> None:
         ecolor="#444444",
         height=0.6,
     )
-    speed.bar_label(drawn, [f"{ratio['ratio']:.2f}" for ratio in ratios], label_type="center", color="white")
+    speed.bar_label(drawn, [f"{ratio['ratio']:.2f}" for ratio in ratios], padding=4)
+    speed.margins(x=0.15)
     speed.axvline(1, color=PEER_COLOUR, linewidth=2)
     speed.set(title="times the peer's speed", yticks=range(len(bars)), yticklabels=[name for name, _ in bars])
     speed.invert_yaxis()
