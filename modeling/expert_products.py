@@ -17,7 +17,7 @@ from torch import Tensor
 from .matrix_products import FEWEST_ROWS as ROWS
 from .matrix_products import product
 
-BLOCK = 512
+BLOCK = 1024
 """Most tokens that go through an expert at once."""
 FEW = 32
 """Tokens for an expert, on average, up to which they go through whole layers rather than blocks; in fp32, whose blocks
@@ -54,12 +54,14 @@ def _sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def blocks(loads: list[int]) -> Iterator[Block]:
-    """The selections by expert, block by block."""
+    """The selections by expert, block by block, an expert's of one size or nearly."""
     start = 0
     for expert, load in enumerate(loads):
-        for begin in range(0, load, BLOCK):
-            rows = min(BLOCK, load - begin)
-            yield Block(expert, begin == 0, begin + rows == load, start + begin, rows, _padded(rows))
+        parts = -(-load // BLOCK)
+        for part in range(parts):
+            begin, end = load * part // parts, load * (part + 1) // parts
+            rows = end - begin
+            yield Block(expert, part == 0, part == parts - 1, start + begin, rows, _padded(rows))
         start += load
 
 
