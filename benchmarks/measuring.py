@@ -145,7 +145,8 @@ class Comparison:
         check_among(DTYPES, dtypes=self.dtypes)
         check_among(PEER_IMPLEMENTATIONS, peer_implementations=self.peer_implementations)
         if "sonicmoe" in self.peer_implementations and (self.device != "cuda" or find_spec("kernels") is None):
-            raise ValueError("peer_implementations may have sonicmoe on a GPU and with kernels installed")
+            got = f"{self.device}, kernels {'missing' if find_spec('kernels') is None else 'installed'}"
+            raise ValueError(f"peer_implementations may have sonicmoe on a GPU and with kernels installed; got {got}")
         if self.hopeless and self.hopeless < 1:
             raise ValueError(f"hopeless must be 0 or at least 1; got {self.hopeless}")
 

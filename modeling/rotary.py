@@ -23,6 +23,9 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, training: bo
         sin: likewise.
         training: with gradient or without, the same digits. Under autocast the outcome is in its type, to which
             attention brings it anyway.
+
+    Returns:
+        Both, `[B, H, T, D]`.
     """
     inputs = query, key, cos, sin
     if (
@@ -63,16 +66,15 @@ def _rotated(states: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, sign:
     half, cos, sin = rotated // 2, cos.to(exact)[:, :, None], sin.to(exact)[:, :, None]
     states = states.transpose(1, 2)
     output = torch.empty(states.shape, dtype=dtype)
-    found = torch.empty(states.shape[1:], dtype=exact) if dtype != exact else output[0]
+    unrounded = None if dtype == exact else torch.empty(states.shape[1:], dtype=exact)
     for sequence, part in enumerate(states):
         cosines, sines, part = cos[sequence % len(cos)], sin[sequence % len(sin)], part.to(exact)
-        if dtype == exact:
-            found = output[sequence]
+        found = output[sequence] if unrounded is None else unrounded
         torch.mul(part[..., :rotated], cosines, out=found[..., :rotated])
         found[..., :half].addcmul_(part[..., half:rotated], sines[..., :half], value=sign)
         found[..., half:rotated].addcmul_(part[..., :half], sines[..., half:], value=-sign)
         if rotated < part.shape[-1]:
             found[..., rotated:] = part[..., rotated:]
-        if dtype != exact:
-            output[sequence] = found
+        if unrounded is not None:
+            output[sequence] = unrounded
     return output.transpose(1, 2)
